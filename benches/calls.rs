@@ -1,0 +1,332 @@
+//! What does a call cost beside the raw socket under it?
+//!
+//! Question: latency of a small call over TCP loopback beside a raw blocking ping-pong; time of `sink` of 16 and 256 MiB
+//! beside a raw TCP stream into warm memory; page faults per call once warm.
+//! Method: two processes; raw and farcall blocks alternate within one run; medians over blocks, with the lowest and
+//! highest. The raw stream uses the better of the kernel's own and 512 KiB socket buffers. Wall time is for a quiet
+//! machine: read the ratios.
+//! Run: `cargo run --release -p farcall-benches --bin calls`.
+#![expect(clippy::print_stdout, reason = "a bench prints its figures")]
+
+use std::hint::black_box;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use farcall::prelude::*;
+use farcall::{StoreServer, TensorMut};
+
+type Outcome<T = ()> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+const SMALL_BLOCKS: usize = 15;
+const SMALL_CALLS: usize = 2000;
+/// Bytes of a small request on the wire: a header and an integer.
+const SMALL_BYTES: usize = 66;
+const STREAM_BLOCKS: usize = 7;
+const MIB: usize = 1 << 20;
+
+/// Adds one; runs on the pool, as any function does.
+#[farcall::function(name = "bench::next")]
+fn next(x: u64) -> u64 {
+    x + 1
+}
+
+/// Adds one where the frame was read.
+#[farcall::function(name = "bench::next_inline", inline)]
+fn next_inline(x: u64) -> u64 {
+    x + 1
+}
+
+/// Adds one on the async runtime.
+#[farcall::function(name = "bench::next_async")]
+async fn next_async(x: u64) -> u64 {
+    x + 1
+}
+
+/// Takes a tensor, gives its length.
+#[farcall::function(name = "bench::sink")]
+fn sink(x: Tensor) -> u64 {
+    x.numel() as u64
+}
+
+/// Gives a tensor back.
+#[farcall::function(name = "bench::echo")]
+fn echo(x: Tensor) -> Tensor {
+    x
+}
+
+/// This process's minor page faults so far.
+#[farcall::function(name = "bench::faults")]
+fn faults() -> farcall::Result<u64> {
+    page_faults().map_err(farcall::Error::msg)
+}
+
+fn page_faults() -> Result<u64, String> {
+    let stat = std::fs::read_to_string("/proc/self/stat").map_err(|error| error.to_string())?;
+    // The fields after the command's name, which may hold spaces: state is field 3, minflt field 10.
+    let fields = stat.rsplit_once(") ").ok_or("malformed stat")?.1;
+    fields.split(' ').nth(7).ok_or("short stat")?.parse().map_err(|_| "malformed minflt".to_owned())
+}
+
+struct Spread {
+    median: f64,
+    low: f64,
+    high: f64,
+}
+
+fn spread(mut values: Vec<f64>) -> Spread {
+    values.sort_by(f64::total_cmp);
+    Spread { median: values[values.len() / 2], low: values[0], high: values[values.len() - 1] }
+}
+
+/// Keeps the optimiser from dropping what computed `value`.
+fn used<T>(value: T) {
+    black_box(value);
+}
+
+/// Microseconds of one of `count` runs.
+fn time_us(count: usize, mut run: impl FnMut() -> Outcome) -> Outcome<f64> {
+    let started = Instant::now();
+    for _ in 0..count {
+        run()?;
+    }
+    Ok(started.elapsed().as_secs_f64() * 1e6 / count as f64)
+}
+
+// ---- the other process ----
+
+fn raw_pong(mut socket: TcpStream) -> Outcome {
+    let mut buffer = [0; SMALL_BYTES];
+    while socket.read_exact(&mut buffer).is_ok() {
+        socket.write_all(&buffer)?;
+    }
+    Ok(())
+}
+
+fn raw_sink(mut socket: TcpStream) -> Outcome {
+    let mut buffer = vec![1_u8; 256 * MIB];
+    let mut len = [0; 8];
+    while socket.read_exact(&mut len).is_ok() {
+        let target = buffer.get_mut(..u64::from_le_bytes(len) as usize).ok_or("larger than the bench's buffer")?;
+        socket.read_exact(target)?;
+        socket.write_all(&[1])?;
+    }
+    Ok(())
+}
+
+fn serve() -> Outcome {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    std::fs::write(std::env::var("BENCH_PORT_FILE")?, listener.local_addr()?.port().to_string())?;
+    // Ping-pong, stream with the kernel's buffers, stream with 512 KiB ones; in this order.
+    let mut threads = Vec::new();
+    for kind in 0..3 {
+        if kind == 2 {
+            set_buffers(&listener)?;
+        }
+        let (socket, _) = listener.accept()?;
+        socket.set_nodelay(true)?;
+        threads.push(std::thread::spawn(move || if kind == 0 { raw_pong(socket) } else { raw_sink(socket) }));
+    }
+    let agent = Agent::join_blocking(Options::from_env()?)?;
+    agent.shutdown_blocking()?;
+    for thread in threads {
+        thread.join().map_err(|_| "a raw server panicked")??;
+    }
+    Ok(())
+}
+
+fn set_buffers(socket: &impl std::os::fd::AsFd) -> Outcome {
+    rustix::net::sockopt::set_socket_recv_buffer_size(socket, 512 << 10)?;
+    rustix::net::sockopt::set_socket_send_buffer_size(socket, 512 << 10)?;
+    Ok(())
+}
+
+// ---- this process ----
+
+fn main() -> Outcome {
+    if std::env::args().nth(1).as_deref() == Some("serve") {
+        return serve();
+    }
+    let store = StoreServer::bind("127.0.0.1:0")?;
+    let port_file = std::env::temp_dir().join(format!("farcall-bench-{}", std::process::id()));
+    let mut server = Command::new(std::env::current_exe()?)
+        .arg("serve")
+        .env("FARCALL_RANK", "1")
+        .env("FARCALL_WORLD_SIZE", "2")
+        .env("FARCALL_STORE", store.address().to_string())
+        .env("BENCH_PORT_FILE", &port_file)
+        .stdin(Stdio::null())
+        .spawn()?;
+    let measured = measure(&store, &port_file);
+    if measured.is_err() {
+        server.kill()?;
+    }
+    server.wait()?;
+    std::fs::remove_file(&port_file)?;
+    measured
+}
+
+fn measure(store: &StoreServer, port_file: &std::path::Path) -> Outcome {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let port: u16 = loop {
+        match std::fs::read_to_string(port_file).ok().and_then(|text| text.parse().ok()) {
+            Some(port) => break port,
+            None if Instant::now() > deadline => return Err("the server did not start".into()),
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
+    };
+    let connect = || -> Outcome<TcpStream> {
+        let socket = TcpStream::connect(("127.0.0.1", port))?;
+        socket.set_nodelay(true)?;
+        Ok(socket)
+    };
+    let mut pong = connect()?;
+    let stream = connect()?;
+    // The listener's buffers change between the second and the third accept.
+    std::thread::sleep(Duration::from_millis(200));
+    let tuned = connect()?;
+    set_buffers(&tuned)?;
+
+    let mut options = Options::new(0, 2, store.address().to_string());
+    options.host_store = false;
+    let agent = Agent::join_blocking(options)?;
+    small_calls(&agent, &mut pong)?;
+    streams(&agent, stream, tuned)?;
+    page_faults_per_call(&agent)?;
+    drop(pong);
+    agent.shutdown_blocking()?;
+    Ok(())
+}
+
+fn small_calls(agent: &Agent, pong: &mut TcpStream) -> Outcome {
+    let to = agent.to("w1");
+    let runtime = std::sync::Arc::new(CurrentThread);
+    let mut buffer = [0; SMALL_BYTES];
+    let names = [
+        "raw blocking ping-pong",
+        "call, pooled, wait()",
+        "call, inline, wait()",
+        "call, async handler, wait()",
+        "call, pooled, .await",
+    ];
+    let mut columns: Vec<Vec<f64>> = vec![Vec::new(); names.len()];
+    for block in 0..=SMALL_BLOCKS {
+        let row = [
+            time_us(SMALL_CALLS, || {
+                pong.write_all(&buffer)?;
+                Ok(pong.read_exact(&mut buffer)?)
+            })?,
+            time_us(SMALL_CALLS, || Ok(used(to.call(next, (7,)).wait()?)))?,
+            time_us(SMALL_CALLS, || Ok(used(to.call(next_inline, (7,)).wait()?)))?,
+            time_us(SMALL_CALLS, || Ok(used(to.call(next_async, (7,)).wait()?)))?,
+            time_us(SMALL_CALLS, || Ok(used(runtime.block_on(to.call(next, (7,)).into_future())?)))?,
+        ];
+        if block > 0 {
+            columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
+        }
+    }
+    println!("small call, two processes, TCP loopback; microseconds, median of {SMALL_BLOCKS} blocks of {SMALL_CALLS}");
+    println!("{:<30} {:>8} {:>8} {:>8} {:>7}", "", "median", "lowest", "highest", "ratio");
+    let base = spread(columns[0].clone()).median;
+    for (name, column) in names.iter().zip(columns) {
+        let Spread { median, low, high } = spread(column);
+        println!("{name:<30} {median:>8.2} {low:>8.2} {high:>8.2} {:>7.2}", median / base);
+    }
+    Ok(())
+}
+
+/// The smallest executor: parks this thread. What a program's own runtime adds is its own.
+struct CurrentThread;
+
+impl CurrentThread {
+    fn block_on<F: Future>(&self, future: F) -> F::Output {
+        let mut future = std::pin::pin!(future);
+        let waker = std::task::Waker::from(std::sync::Arc::new(Unpark(std::thread::current())));
+        let mut cx = std::task::Context::from_waker(&waker);
+        loop {
+            match future.as_mut().poll(&mut cx) {
+                std::task::Poll::Ready(value) => return value,
+                std::task::Poll::Pending => std::thread::park(),
+            }
+        }
+    }
+}
+
+struct Unpark(std::thread::Thread);
+
+impl std::task::Wake for Unpark {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+fn warm(len: usize) -> Outcome<Tensor> {
+    let mut tensor = TensorMut::empty(DType::U8, &[len])?;
+    tensor.as_mut_slice::<u8>()?.fill(7);
+    Ok(tensor.freeze_ready())
+}
+
+fn streams(agent: &Agent, mut plain: TcpStream, mut tuned: TcpStream) -> Outcome {
+    println!("\nsink of a tensor in a slab, two processes, TCP loopback; median of {STREAM_BLOCKS} blocks");
+    println!("{:<30} {:>10} {:>10} {:>10} {:>8} {:>7}", "", "median us", "lowest", "highest", "GB/s", "ratio");
+    let mut ack = [0];
+    for (mib, count) in [(1, 200), (16, 20), (256, 3)] {
+        let len = mib * MIB;
+        let tensor = warm(len)?;
+        let bytes = tensor.as_slice::<u8>()?;
+        let mut columns: [Vec<f64>; 3] = Default::default();
+        for block in 0..=STREAM_BLOCKS {
+            let mut raw = |socket: &mut TcpStream| {
+                time_us(count, || {
+                    socket.write_all(&(len as u64).to_le_bytes())?;
+                    socket.write_all(bytes)?;
+                    Ok(socket.read_exact(&mut ack)?)
+                })
+            };
+            let row = [
+                raw(&mut plain)?,
+                raw(&mut tuned)?,
+                time_us(count, || Ok(used(agent.to("w1").call(sink, (&tensor,)).wait()?)))?,
+            ];
+            if block > 0 {
+                columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
+            }
+        }
+        let spreads = columns.map(spread);
+        let base = spreads[0].median.min(spreads[1].median);
+        for (name, Spread { median, low, high }) in
+            ["raw, kernel's buffers", "raw, 512 KiB buffers", "farcall sink"].iter().zip(spreads)
+        {
+            let rate = len as f64 / median / 1e3;
+            println!(
+                "{:<30} {median:>10.1} {low:>10.1} {high:>10.1} {rate:>8.2} {:>7.2}",
+                format!("{mib} MiB {name}"),
+                median / base
+            );
+        }
+    }
+    Ok(())
+}
+
+fn page_faults_per_call(agent: &Agent) -> Outcome {
+    println!("\nminor page faults per call once warm (caller, callee)");
+    let to = agent.to("w1");
+    for (name, len, calls) in
+        [("8 B", 8, 1000), ("64 KiB", 64 << 10, 500), ("1 MiB", MIB, 200), ("64 MiB", 64 * MIB, 10)]
+    {
+        let tensor = warm(len)?;
+        let count = |calls: usize| -> Outcome<(f64, f64)> {
+            let before = (page_faults()?, to.call(faults, ()).wait()?);
+            for _ in 0..calls {
+                used(to.call(echo, (&tensor,)).wait()?);
+            }
+            let after = (page_faults()?, to.call(faults, ()).wait()?);
+            Ok(((after.0 - before.0) as f64 / calls as f64, (after.1 - before.1) as f64 / calls as f64))
+        };
+        count(calls)?;
+        let (here, there) = count(calls)?;
+        println!("{:<30} {here:>8.3} {there:>8.3}", format!("echo of {name}, {calls} calls"));
+    }
+    Ok(())
+}

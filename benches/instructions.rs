@@ -1,0 +1,41 @@
+//! How many instructions is a call, both ends in one process?
+//!
+//! Runs the given number of calls between two agents; `cargo xtask callgrind` counts two numbers of calls and divides
+//! the difference, so that start and end cancel out. User space only: the kernel's share is in `calls`.
+//! Run: `cargo run --release -p farcall-benches --bin instructions -- 1000`.
+#![expect(clippy::print_stdout, reason = "a bench prints its figures")]
+
+use std::hint::black_box;
+
+use farcall::StoreServer;
+use farcall::prelude::*;
+
+/// Gives the first element.
+#[farcall::function(name = "bench::first", inline)]
+fn first(x: Tensor) -> farcall::Result<f32> {
+    Ok(x.as_slice::<f32>()?[0])
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let calls: usize = std::env::args().nth(1).ok_or("how many calls?")?.parse()?;
+    let store = StoreServer::bind("127.0.0.1:0")?;
+    let address = store.address().to_string();
+    let join = move |rank| {
+        let mut options = Options::new(rank, 2, address.clone());
+        options.host_store = false;
+        Agent::join_blocking(options)
+    };
+    let other = join.clone();
+    let callee = std::thread::spawn(move || other(1));
+    let caller = join(0)?;
+    let callee = callee.join().map_err(|_| "the callee panicked")??;
+    let x = Tensor::from_slice(&[1.5_f32, 2.0, 3.0, 4.0], &[4])?;
+    for _ in 0..calls {
+        black_box(caller.to("w1").call(first, (&x,)).wait()?);
+    }
+    println!("{calls} calls");
+    let leaving = std::thread::spawn(move || callee.shutdown_blocking());
+    caller.shutdown_blocking()?;
+    leaving.join().map_err(|_| "the callee panicked")??;
+    Ok(())
+}

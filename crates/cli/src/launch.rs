@@ -1,0 +1,143 @@
+//! Starts the workers of a group on this machine and sees them to their end.
+//!
+//! The launcher hosts the store, so it outlives every worker that needs it. A worker that fails ends the group: the
+//! others get SIGTERM, and SIGKILL after [`GRACE`]. So do all of them when the launcher is told to end.
+
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use farcall::StoreServer;
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::Failure;
+
+const GRACE: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_millis(5);
+
+/// A group of processes started here.
+pub(crate) struct Workers {
+    children: Vec<Option<Child>>,
+    told_to_end: Arc<AtomicUsize>,
+    /// Kept until the workers have ended.
+    _store: StoreServer,
+}
+
+/// How a worker ended.
+pub(crate) struct Ended {
+    pub(crate) rank: usize,
+    pub(crate) status: ExitStatus,
+}
+
+impl Workers {
+    /// Starts `n` workers; `command` makes the one of a rank, the environment is added here.
+    pub(crate) fn start(n: u32, command: impl Fn(u32) -> Command) -> Result<Self, Failure> {
+        let told_to_end = Arc::new(AtomicUsize::new(0));
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::flag::register_usize(signal, Arc::clone(&told_to_end), signal as usize)?;
+        }
+        let store = StoreServer::bind("127.0.0.1:0")?;
+        let group = format!("run-{}", std::process::id());
+        let mut workers = Self { children: Vec::new(), told_to_end, _store: store };
+        for rank in 0..n {
+            let mut command = command(rank);
+            command
+                .env("FARCALL_RANK", rank.to_string())
+                .env("FARCALL_WORLD_SIZE", n.to_string())
+                .env("FARCALL_STORE", workers._store.address().to_string())
+                .env("FARCALL_GROUP", &group)
+                .env("FARCALL_HOST_STORE", "0");
+            let program = command.get_program().to_string_lossy().into_owned();
+            let child = command.spawn().map_err(|error| format!("cannot start {program}: {error}"))?;
+            workers.children.push(Some(child));
+        }
+        Ok(workers)
+    }
+
+    /// Waits for the next worker to end; `None` once all have, or an interrupt's signal as the error.
+    pub(crate) fn next(&mut self) -> Result<Option<Ended>, Interrupted> {
+        loop {
+            let mut running = false;
+            for (rank, slot) in self.children.iter_mut().enumerate() {
+                let Some(child) = slot else { continue };
+                running = true;
+                if let Ok(Some(status)) = child.try_wait() {
+                    *slot = None;
+                    return Ok(Some(Ended { rank, status }));
+                }
+            }
+            if !running {
+                return Ok(None);
+            }
+            match self.told_to_end.load(Ordering::SeqCst) {
+                0 => std::thread::sleep(TICK),
+                signal => return Err(Interrupted(signal)),
+            }
+        }
+    }
+
+    /// Ends what still runs: politely, then not.
+    pub(crate) fn end(&mut self) {
+        self.signal(Signal::TERM);
+        let deadline = Instant::now() + GRACE;
+        while Instant::now() < deadline && self.reap() > 0 {
+            std::thread::sleep(TICK);
+        }
+        self.signal(Signal::KILL);
+        for child in self.children.iter_mut().flatten() {
+            // It was killed; it ends.
+            let _ = child.wait();
+        }
+        self.children.clear();
+    }
+
+    fn reap(&mut self) -> usize {
+        for slot in &mut self.children {
+            if slot.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(Some(_)))) {
+                *slot = None;
+            }
+        }
+        self.children.iter().flatten().count()
+    }
+
+    fn signal(&self, signal: Signal) {
+        for child in self.children.iter().flatten() {
+            // A child that is not reaped keeps its id, so this reaches no one else.
+            if let Some(pid) = Pid::from_raw(child.id() as i32) {
+                let _ = kill_process(pid, signal);
+            }
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        if self.reap() > 0 {
+            self.end();
+        }
+    }
+}
+
+/// The launcher was told to end, by this signal.
+pub(crate) struct Interrupted(pub(crate) usize);
+
+impl Interrupted {
+    /// The exit code a shell expects.
+    pub(crate) fn exit_code(&self) -> u8 {
+        128 + self.0 as u8
+    }
+}
+
+/// An exit code for a worker's end, as a shell gives it.
+pub(crate) fn exit_code(status: ExitStatus) -> u8 {
+    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).map_or(1, |code| code as u8)
+}
+
+/// This program, to be started again as a worker.
+pub(crate) fn this_program() -> io::Result<Command> {
+    Ok(Command::new(std::env::current_exe()?))
+}

@@ -1,0 +1,71 @@
+//! The `farcall` command.
+//!
+//! Exit codes: 0 ok, 1 failed, 2 usage, 3 requirement not met.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a person")]
+
+mod demo;
+mod launch;
+mod run;
+mod weights;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Tensor calls between processes.
+#[derive(Parser)]
+#[command(name = "farcall", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Four worker processes on this machine show what farcall does, failures included.
+    Demo {
+        /// Send this safetensors checkpoint from one worker to the others and back, and compare every tensor's digest.
+        #[arg(long, value_name = "FILE")]
+        weights: Option<PathBuf>,
+    },
+    /// Start N workers of a program on this machine, their environment set for `Options::from_env`.
+    Run {
+        /// How many workers.
+        #[arg(short, long, value_name = "N", default_value_t = 2)]
+        n: u32,
+        /// The program and its arguments, after `--`.
+        #[arg(last = true, required = true, value_name = "PROGRAM")]
+        program: Vec<String>,
+    },
+    /// One worker of the demo.
+    #[command(hide = true)]
+    DemoWorker {
+        #[arg(long)]
+        weights: Option<PathBuf>,
+    },
+}
+
+/// What ends a command early.
+pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    // Usage errors end here with code 2.
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FARCALL_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    let result = match cli.command {
+        Command::Demo { weights } => demo::launch(weights.as_deref()),
+        Command::Run { n, program } => run::run(n, &program),
+        Command::DemoWorker { weights } => demo::work(weights.as_deref()).map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("farcall: {error}");
+        let mut source = error.source();
+        while let Some(cause) = source {
+            eprintln!("  because: {cause}");
+            source = cause.source();
+        }
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,97 @@
+//! Bytes on devices and the order of work on them. Knows no network and no operator.
+//!
+//! From the bytes up:
+//! - [`DType`], [`Device`], [`Layout`]: what elements are, where they live, which bytes of a storage are a tensor;
+//! - [`Slab`], [`HostPool`]: mapped memory, and its recycling by size class;
+//! - [`StorageMut`] → [`Storage`]: bytes that are written once, then shared, with the fences of their write and their reads;
+//! - [`TensorMut`] → [`Tensor`]: a dtype, shape and strides over a storage;
+//! - [`Stream`], [`Event`]: an ordered queue of work, and a point in it;
+//! - [`DeviceFuture`], [`Promise`]: a value that is ready when all its storages are;
+//! - [`codec`]: serde values with tensors anywhere inside, as metadata bytes and tensors beside them;
+//! - [`Runtime`]: the devices of this process, their memory and their streams.
+//!
+//! # Invariants
+//! - **READY** `.await` on a [`DeviceFuture`] yields a value only when every storage of it is complete on its device;
+//!   [`DeviceFuture::on`] yields it as soon as it is handed over, ordered on a stream, blocking no thread.
+//! - **FENCE** A storage carries the event of its write and those of its readers. Work on a stream waits for the fences of what it
+//!   touches, the host gets [`DeviceError::NotReady`] instead of unfinished bytes, and memory is recycled after the last fence.
+//! - **SNAPSHOT** A [`Storage`] is never written: a holder who is alone gets a [`StorageMut`] back, any other makes a copy. Slabs
+//!   are sealed against writes of other processes.
+//!
+//! # Modes
+//! Streams run inline so far: an operation runs on the thread that enqueues it. Signatures are made for queued streams and real
+//! devices too, so code written against this crate waits for fences that are always complete today.
+//!
+//! ```
+//! use farcall_device::{Device, Runtime, Tensor};
+//!
+//! let matrix = Tensor::from_slice(&[1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 3])?;
+//! let columns = matrix.transpose(0, 1)?; // a view: no bytes move
+//! assert_eq!(columns.to_vec::<f32>()?, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+//!
+//! let stream = Runtime::global().stream(Device::HOST)?;
+//! let packed = columns.contiguous(&stream)?; // a copy, in row-major order
+//! assert_eq!(packed.as_slice::<f32>()?[1], 4.0);
+//! # Ok::<(), farcall_device::DeviceError>(())
+//! ```
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("farcall-device maps memory by memfd and runs on Linux only, so far");
+#[cfg(not(target_endian = "little"))]
+compile_error!("tensors travel as the machine's bytes, which must be little-endian");
+
+pub mod codec;
+mod device;
+mod dtype;
+mod error;
+mod event;
+mod future;
+mod layout;
+mod memory;
+mod pack;
+mod pool;
+mod runtime;
+mod storage;
+mod stream;
+mod tensor;
+#[cfg(test)]
+mod testing;
+
+pub use codec::{CodecError, Encoded};
+pub use device::{Device, ParseDeviceError};
+pub use dtype::{C64, C128, DType, Element, F8E4M3, F8E5M2, ParseDTypeError};
+pub use error::DeviceError;
+pub use event::{Event, EventReady};
+pub use future::{DeviceFuture, OnStreams, Ordered, Promise, Ready, SharedFuture, Storages, join_all};
+pub use half::{bf16, f16};
+pub use layout::{Layout, LayoutError, MAX_RANK};
+pub use memory::{ALIGN_BYTES, Release, Slab, SlabRange};
+pub use pool::{HostBlock, HostPool, PoolStats};
+pub use runtime::{Config, Runtime};
+pub use storage::{Storage, StorageMut};
+pub use stream::{Stream, StreamId};
+pub use tensor::{Tensor, TensorMut};
+
+/// What tasks may send and share between threads; checked by the compiler.
+#[cfg(test)]
+mod auto_traits {
+    use super::*;
+
+    const fn send_and_sync<T: Send + Sync + 'static>() {}
+    const fn send<T: Send + 'static>() {}
+
+    const _: () = {
+        send_and_sync::<(Tensor, TensorMut, Storage, StorageMut, Slab, SlabRange, HostBlock, HostPool, Layout)>();
+        send_and_sync::<(
+            Stream,
+            Event,
+            Runtime,
+            DeviceError,
+            CodecError,
+            Promise<Tensor>,
+            SharedFuture<Tensor>,
+            Ready<Tensor>,
+        )>();
+        send::<(DeviceFuture<Tensor>, OnStreams<Tensor>, Ordered<Tensor>, EventReady)>();
+    };
+}

@@ -1,0 +1,334 @@
+//! Slabs: mapped memory that storages are cut from, and the exclusive ranges of them.
+//!
+//! Not a pool: [`HostPool`](crate::HostPool) decides which range is handed out again.
+//! Invariant M1: a [`SlabRange`] is the only one to reach its bytes. Ranges come from [`Slab::create`] and are only ever split,
+//! so exclusive access follows from ownership; a range is shared by sharing a reference to it.
+//! Invariant M2: a slab is unmapped when its last range and its last handle are gone, never earlier. Ids are never used again.
+//! Invariant M3 (SNAPSHOT): other processes can map a slab, but only to read: it is sealed against their writes where the kernel
+//! can (Linux 5.1).
+#![expect(unsafe_code, reason = "maps memory and hands out slices of it")]
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::{Device, DeviceError};
+
+/// Every storage from a slab starts at a multiple of this: a cache line, and the widest vector register.
+pub const ALIGN_BYTES: usize = 64;
+
+/// Ranges from this size on ask for huge pages: fewer faults and fewer TLB misses. Shorter ones would waste most of a page.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+static NEXT_SLAB_ID: AtomicU64 = AtomicU64::new(1);
+
+/// A mapping that storages are cut from: a memfd that peers on this host can map too, or anonymous memory.
+pub struct Slab {
+    id: u64,
+    base: NonNull<u8>,
+    len: usize,
+    fd: Option<OwnedFd>,
+}
+
+// SAFETY: a slab is an address range with no thread affinity; its bytes are reached only through `SlabRange` (M1).
+unsafe impl Send for Slab {}
+// SAFETY: as above; `&Slab` gives out numbers and a descriptor, no bytes.
+unsafe impl Sync for Slab {}
+
+impl Slab {
+    /// Maps `len` bytes of zeros, rounded up to whole pages, and returns the range that covers them all.
+    ///
+    /// Where the system refuses memfd (some sandboxes), the memory is anonymous and [`Slab::fd`] is `None`.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if the system has no such memory; [`DeviceError::Os`] if it refuses for another reason.
+    pub fn create(len: usize) -> Result<SlabRange, DeviceError> {
+        let out_of_memory = || DeviceError::OutOfMemory { device: Device::HOST, want_bytes: len, mapped_bytes: 0 };
+        let len = len.max(1).checked_next_multiple_of(rustix::param::page_size()).ok_or_else(out_of_memory)?;
+        if len > isize::MAX as usize {
+            return Err(out_of_memory());
+        }
+        let failed = |call, errno| match errno {
+            Errno::NOMEM | Errno::NOSPC | Errno::FBIG | Errno::OVERFLOW | Errno::INVAL => out_of_memory(),
+            other => DeviceError::os(call, other),
+        };
+        let fd = match create_memfd(len) {
+            Ok(fd) => Some(fd),
+            Err(errno @ (Errno::PERM | Errno::ACCESS | Errno::NOSYS)) => {
+                tracing::warn!(%errno, "memfd is refused: host tensors cannot be shared with peers without a copy");
+                None
+            }
+            Err(errno) => return Err(failed("memfd_create", errno)),
+        };
+        let base = map(len, fd.as_ref()).map_err(|errno| failed("mmap", errno))?;
+        if let Some(fd) = &fd {
+            // Our own mapping stays writable; the seals stop resizing (a peer would get SIGBUS) and later writers (M3).
+            let resize = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+            if rustix::fs::fcntl_add_seals(fd, resize | SealFlags::FUTURE_WRITE).is_err()
+                && let Err(errno) = rustix::fs::fcntl_add_seals(fd, resize)
+            {
+                tracing::debug!(%errno, "a slab could not be sealed");
+            }
+        }
+        let id = NEXT_SLAB_ID.fetch_add(1, Ordering::Relaxed);
+        Ok(SlabRange { slab: Arc::new(Self { id, base, len, fd }), offset: 0, len })
+    }
+
+    /// The number that names this slab in this process; no other slab ever has it.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Mapped bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "a slab is never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The memory's descriptor, to be passed to a peer that maps it read-only; `None` for anonymous memory.
+    #[must_use]
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The address of the first byte: for registering the slab with a NIC or a driver.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const u8 {
+        self.base.as_ptr()
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: `base` and `len` are those of our mapping, and no range is left that could reach it (M2).
+        if let Err(errno) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) } {
+            tracing::error!(%errno, slab = self.id, "munmap failed: the memory leaks");
+        }
+    }
+}
+
+impl fmt::Debug for Slab {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, len, fd, .. } = self;
+        f.debug_struct("Slab").field("id", id).field("len", len).field("fd", fd).finish_non_exhaustive()
+    }
+}
+
+/// A range of a slab that belongs to its holder alone (M1).
+pub struct SlabRange {
+    slab: Arc<Slab>,
+    offset: usize,
+    len: usize,
+}
+
+impl SlabRange {
+    /// The slab this range is cut from.
+    #[must_use]
+    pub fn slab(&self) -> &Arc<Slab> {
+        &self.slab
+    }
+
+    /// Bytes from the slab's start.
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// The range's bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is left of the range.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Cuts the first `len` bytes off; `None` if the range is shorter.
+    #[must_use]
+    pub fn split_front(&mut self, len: usize) -> Option<Self> {
+        let rest = self.len.checked_sub(len)?;
+        let front = Self { slab: Arc::clone(&self.slab), offset: self.offset, len };
+        self.offset += len;
+        self.len = rest;
+        Some(front)
+    }
+
+    /// The bytes, shared.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the range lies in the mapping, which lives as long as `self.slab` (M2), holds initialised bytes (zeros, or
+        // what a holder wrote), and is written by none while it is borrowed: not here (M1), not by another process (M3).
+        unsafe { std::slice::from_raw_parts(self.start().as_ptr(), self.len) }
+    }
+
+    /// The bytes, to be written.
+    #[must_use]
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`; `&mut self` is the only way to these bytes (M1).
+        unsafe { std::slice::from_raw_parts_mut(self.start().as_ptr(), self.len) }
+    }
+
+    /// Has the kernel provide all pages now, so that the first write of each costs no fault.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] if it cannot. A kernel without the call (before 5.14) is no error.
+    pub fn populate(&mut self) -> Result<(), DeviceError> {
+        let start = self.start().as_ptr().cast();
+        if self.len >= HUGE_PAGE_BYTES {
+            // SAFETY: the range lies in our mapping; the advice changes no contents. It is a wish: refusal is fine.
+            let _ = unsafe { rustix::mm::madvise(start, self.len, Advice::LinuxHugepage) };
+        }
+        // SAFETY: the range lies in our mapping; populating faults pages in and changes no contents.
+        match unsafe { rustix::mm::madvise(start, self.len, Advice::LinuxPopulateWrite) } {
+            Ok(()) | Err(Errno::INVAL | Errno::AGAIN | Errno::INTR) => Ok(()),
+            Err(_) => Err(DeviceError::OutOfMemory { device: Device::HOST, want_bytes: self.len, mapped_bytes: 0 }),
+        }
+    }
+
+    fn start(&self) -> NonNull<u8> {
+        // SAFETY: `offset + len <= slab.len` since creation and through every split.
+        unsafe { self.slab.base.add(self.offset) }
+    }
+}
+
+impl fmt::Debug for SlabRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "slab {} {}..{}", self.slab.id, self.offset, self.offset + self.len)
+    }
+}
+
+/// Told once, at the last drop of a foreign storage and after the work that uses it, that its memory is no longer needed.
+pub trait Release: Send + Sync {
+    /// Gives the memory back to its owner. Runs on whichever thread dropped last: it must not block and must not panic.
+    fn release(&self);
+}
+
+/// Memory that something else owns: a peer's slab, a NumPy array, another library's tensor. Read-only for us.
+pub(crate) struct ForeignBytes {
+    start: NonNull<u8>,
+    len: usize,
+    owner: Arc<dyn Release>,
+}
+
+// SAFETY: the constructor's contract makes the bytes readable from any thread until `release`, and `owner` is Send and Sync.
+unsafe impl Send for ForeignBytes {}
+// SAFETY: as above; shared access only reads.
+unsafe impl Sync for ForeignBytes {}
+
+impl ForeignBytes {
+    /// # Safety
+    /// `start` must be valid for reads of `len` initialised bytes on its device, from any thread, and nothing may write them,
+    /// until `owner.release()` is called.
+    pub(crate) unsafe fn new(start: NonNull<u8>, len: usize, owner: Arc<dyn Release>) -> Self {
+        Self { start, len, owner }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The bytes of foreign *host* memory: the caller checks the device first.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the contract of `new`; `self` borrows the owner, so `release` was not called.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const u8 {
+        self.start.as_ptr()
+    }
+}
+
+impl Drop for ForeignBytes {
+    fn drop(&mut self) {
+        self.owner.release();
+    }
+}
+
+fn create_memfd(len: usize) -> rustix::io::Result<OwnedFd> {
+    // MFD_NOEXEC_SEAL (Linux 6.3), which rustix does not name yet; some systems refuse a memfd without it.
+    const NOEXEC_SEAL: MemfdFlags = MemfdFlags::from_bits_retain(0x0008);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = match rustix::fs::memfd_create(c"farcall-slab", flags | NOEXEC_SEAL) {
+        Err(Errno::INVAL) => rustix::fs::memfd_create(c"farcall-slab", flags)?,
+        other => other?,
+    };
+    rustix::fs::ftruncate(&fd, len as u64)?;
+    Ok(fd)
+}
+
+fn map(len: usize, fd: Option<&OwnedFd>) -> rustix::io::Result<NonNull<u8>> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let start = match fd {
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory that exists.
+        Some(fd) => unsafe { rustix::mm::mmap(ptr::null_mut(), len, access, MapFlags::SHARED, fd, 0)? },
+        // SAFETY: as above.
+        None => unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, access, MapFlags::PRIVATE)? },
+    };
+    NonNull::new(start.cast()).ok_or(Errno::NOMEM)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn m1_split_ranges_are_disjoint_and_cover_the_slab() {
+        let mut rest = Slab::create(1).unwrap();
+        let page = rustix::param::page_size();
+        assert_eq!(rest.len(), page, "rounded up to a page");
+        let mut front = rest.split_front(64).unwrap();
+        front.bytes_mut().fill(1);
+        rest.bytes_mut().fill(2);
+        assert_eq!((front.offset(), front.len(), rest.offset(), rest.len()), (0, 64, 64, page - 64));
+        assert_eq!(front.bytes(), [1; 64]);
+        assert!(rest.split_front(page).is_none(), "longer than what is left");
+        assert_eq!(rest.len(), page - 64, "a refused split changes nothing");
+    }
+
+    #[test]
+    fn m2_ids_grow_and_the_last_range_unmaps() {
+        let first = Slab::create(64).unwrap();
+        let second = Slab::create(64).unwrap();
+        assert!(second.slab().id() > first.slab().id());
+        let watch = Arc::downgrade(first.slab());
+        drop(first);
+        assert!(watch.upgrade().is_none());
+    }
+
+    #[test]
+    fn m3_a_peer_can_map_to_read_and_not_to_write_or_resize() {
+        let mut range = Slab::create(4096).unwrap();
+        range.bytes_mut()[..5].copy_from_slice(b"hello");
+        let fd = range.slab().fd().expect("memfd works on the machines we test on");
+        let mut seen = [0; 5];
+        rustix::io::pread(fd, &mut seen, 0).unwrap();
+        assert_eq!(&seen, b"hello");
+        assert!(rustix::io::pwrite(fd, b"x", 0).is_err(), "sealed against writers");
+        assert!(rustix::fs::ftruncate(fd, 0).is_err(), "sealed against truncation");
+    }
+
+    #[test]
+    fn a_fresh_slab_is_zero_and_can_be_populated() {
+        let mut range = Slab::create(1 << 20).unwrap();
+        range.populate().unwrap();
+        assert!(range.bytes().iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn impossible_sizes_are_out_of_memory() {
+        for len in [usize::MAX, isize::MAX as usize, 1 << 60] {
+            assert!(matches!(Slab::create(len), Err(DeviceError::OutOfMemory { .. })), "{len}");
+        }
+    }
+}

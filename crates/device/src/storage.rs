@@ -1,0 +1,426 @@
+//! Write-once bytes: [`StorageMut`] is written by one holder, frozen, and then read by many as [`Storage`].
+//!
+//! Invariant FENCE: a storage carries the event of its last write and those of its readers. Bytes are given to the host only
+//! after the write; memory goes back to its pool only after all of them.
+//! Invariant SNAPSHOT: between `freeze` and a successful `try_unique` nothing writes the bytes.
+
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::memory::{ForeignBytes, Release, Slab};
+use crate::pool::HostBlock;
+use crate::{Device, DeviceError, Event, Stream};
+
+/// Bytes on a device that belong to one holder, to be written. [`StorageMut::freeze`] makes them shareable.
+///
+/// Fresh ones hold whatever the memory's last user left: initialised, not zero.
+#[must_use]
+pub struct StorageMut(Bytes);
+
+/// Bytes on a device that do not change any more. Cheap to clone; the memory is recycled after the last clone and reader.
+#[derive(Clone)]
+pub struct Storage(Arc<Bytes>);
+
+struct Bytes {
+    memory: Memory,
+    len: usize,
+    device: Device,
+    /// The last write.
+    written: Event,
+    /// Reads that were pending when they were recorded: the newest of each stream.
+    readers: Mutex<Vec<Event>>,
+}
+
+enum Memory {
+    Empty,
+    /// Host memory, of the host itself or of an emulated device.
+    Pooled(HostBlock),
+    Foreign(ForeignBytes),
+}
+
+impl StorageMut {
+    pub(crate) fn pooled(block: HostBlock, len: usize, device: Device) -> Self {
+        Self::new(Memory::Pooled(block), len, device)
+    }
+
+    pub(crate) fn empty(device: Device) -> Self {
+        Self::new(Memory::Empty, 0, device)
+    }
+
+    fn new(memory: Memory, len: usize, device: Device) -> Self {
+        Self(Bytes { memory, len, device, written: Event::complete(), readers: Mutex::default() })
+    }
+
+    /// The size in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// Whether there are no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Where the bytes are.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.0.device
+    }
+
+    /// The bytes of a host storage, to be written.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotHost`] on another device; [`DeviceError::NotReady`] while work on a stream still uses the bytes.
+    pub fn as_bytes_mut(&mut self) -> Result<&mut [u8], DeviceError> {
+        let device = self.0.host()?;
+        for fence in self.fences() {
+            if !fence.query()? {
+                return Err(DeviceError::NotReady { device });
+            }
+        }
+        self.0.device_bytes_mut()
+    }
+
+    /// Ends writing: the bytes are complete at this point of `stream`.
+    #[must_use]
+    pub fn freeze(mut self, stream: &Stream) -> Storage {
+        stream.wait(&self.0.written);
+        self.0.written = stream.record();
+        Storage(Arc::new(self.0))
+    }
+
+    /// Ends writing by the host: the bytes are complete now, or, if streams wrote them, when those are done.
+    #[must_use]
+    pub fn freeze_ready(self) -> Storage {
+        Storage(Arc::new(self.0))
+    }
+
+    /// Ends writing with the fence of work that is under way.
+    #[cfg(test)]
+    pub(crate) fn freeze_at(mut self, written: Event) -> Storage {
+        self.0.written = written;
+        Storage(Arc::new(self.0))
+    }
+
+    /// What must be over before anyone writes the bytes.
+    pub(crate) fn fences(&mut self) -> impl Iterator<Item = &Event> {
+        self.0.readers.get_mut().unwrap_or_else(PoisonError::into_inner).iter().chain([&self.0.written])
+    }
+
+    /// Notes a write that waited for all of [`StorageMut::fences`] and so stands for them.
+    pub(crate) fn record_write(&mut self, written: Event) {
+        self.0.readers.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.0.written = written;
+    }
+
+    /// The bytes for work on the storage's own device, ordered by the caller.
+    pub(crate) fn device_bytes_mut(&mut self) -> Result<&mut [u8], DeviceError> {
+        self.0.device_bytes_mut()
+    }
+}
+
+impl fmt::Debug for StorageMut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.describe("StorageMut", f)
+    }
+}
+
+impl Storage {
+    /// Wraps memory that something else owns, complete and unchanging. `owner.release()` is called once, after the last use.
+    ///
+    /// # Safety
+    /// Until `release` is called, `ptr` must be valid for reads of `len` initialised bytes on `device` from any thread, and
+    /// nothing may write them. For a host device that is an address of this process. With `len` 0, `ptr` is never read.
+    #[expect(unsafe_code, reason = "the caller vouches for memory that this crate does not own")]
+    pub unsafe fn external(ptr: NonNull<u8>, len: usize, device: Device, owner: Arc<dyn Release>) -> Self {
+        // SAFETY: this function's contract is the same.
+        let memory = Memory::Foreign(unsafe { ForeignBytes::new(ptr, len, owner) });
+        StorageMut::new(memory, len, device).freeze_ready()
+    }
+
+    /// The size in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// Whether there are no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Where the bytes are.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.0.device
+    }
+
+    /// The slab that holds the bytes: what a peer on this host can map. `None` for foreign or no memory.
+    ///
+    /// A `Weak` of it tells when the slab was unmapped.
+    #[must_use]
+    pub fn slab(&self) -> Option<&Arc<Slab>> {
+        match &self.0.memory {
+            Memory::Pooled(block) => Some(block.range().slab()),
+            Memory::Empty | Memory::Foreign(_) => None,
+        }
+    }
+
+    /// The slab's id, never used for another slab; `None` for foreign or no memory.
+    #[must_use]
+    pub fn slab_id(&self) -> Option<u64> {
+        self.slab().map(|slab| slab.id())
+    }
+
+    /// Where in the slab the bytes start; 0 without a slab.
+    #[must_use]
+    pub fn slab_offset(&self) -> usize {
+        match &self.0.memory {
+            Memory::Pooled(block) => block.range().offset(),
+            Memory::Empty | Memory::Foreign(_) => 0,
+        }
+    }
+
+    /// The address on the device, for handing the bytes to a NIC or a driver; dangling for an empty storage.
+    ///
+    /// The memory lives as long as the storage does, so such an operation must hold a clone until it completes.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const u8 {
+        match &self.0.memory {
+            Memory::Empty => NonNull::dangling().as_ptr(),
+            Memory::Pooled(block) => block.range().bytes().as_ptr(),
+            Memory::Foreign(foreign) => foreign.as_ptr(),
+        }
+    }
+
+    /// Whether both are clones of one storage.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether the bytes are written.
+    ///
+    /// # Errors
+    /// The failure of the work that writes them.
+    pub fn is_ready(&self) -> Result<bool, DeviceError> {
+        self.0.written.query()
+    }
+
+    /// The event of the last write.
+    pub fn ready_event(&self) -> &Event {
+        &self.0.written
+    }
+
+    /// Notes that work enqueued on `stream` so far reads the bytes: they are neither written nor recycled before it is done.
+    pub fn record_reader(&self, stream: &Stream) {
+        let read = stream.record();
+        if read.is_over() {
+            return;
+        }
+        let mut readers = self.0.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        match readers.iter_mut().find(|reader| reader.stream() == read.stream()) {
+            Some(older) => *older = read,
+            None => readers.push(read),
+        }
+    }
+
+    /// The storage for writing again, if no one else holds it. Pending reads keep their fences: streams wait for them.
+    ///
+    /// # Errors
+    /// The storage itself, if it is shared or its memory is foreign.
+    pub fn try_unique(self) -> Result<StorageMut, Self> {
+        if matches!(self.0.memory, Memory::Foreign(_)) {
+            return Err(self);
+        }
+        Arc::try_unwrap(self.0).map(StorageMut).map_err(Self)
+    }
+
+    /// The bytes of a host storage.
+    ///
+    /// # Errors
+    /// [`DeviceError::NotHost`] on another device; [`DeviceError::NotReady`] before the write is done, or its failure.
+    pub fn as_bytes(&self) -> Result<&[u8], DeviceError> {
+        let device = self.0.host()?;
+        if !self.is_ready()? {
+            return Err(DeviceError::NotReady { device });
+        }
+        self.0.device_bytes()
+    }
+
+    /// The bytes for work on the storage's own device, ordered by the caller.
+    pub(crate) fn device_bytes(&self) -> Result<&[u8], DeviceError> {
+        self.0.device_bytes()
+    }
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.describe("Storage", f)
+    }
+}
+
+impl Bytes {
+    fn host(&self) -> Result<Device, DeviceError> {
+        if self.device.is_host() { Ok(self.device) } else { Err(DeviceError::NotHost { device: self.device }) }
+    }
+
+    fn device_bytes(&self) -> Result<&[u8], DeviceError> {
+        match &self.memory {
+            Memory::Empty => Ok(&[]),
+            Memory::Pooled(block) => Ok(&block.range().bytes()[..self.len]),
+            Memory::Foreign(foreign) => {
+                // An emulated device's memory is the pool's; foreign memory of a device is out of the CPU's reach.
+                self.host()?;
+                Ok(if foreign.len() == 0 { &[] } else { foreign.bytes() })
+            }
+        }
+    }
+
+    fn device_bytes_mut(&mut self) -> Result<&mut [u8], DeviceError> {
+        match &mut self.memory {
+            Memory::Empty => Ok(&mut []),
+            Memory::Pooled(block) => Ok(&mut block.bytes_mut()[..self.len]),
+            Memory::Foreign(_) => Err(DeviceError::Unsupported { what: "writing foreign memory", device: self.device }),
+        }
+    }
+
+    fn describe(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place: &dyn fmt::Debug = match &self.memory {
+            Memory::Empty => &"empty",
+            Memory::Pooled(block) => block,
+            Memory::Foreign(_) => &"foreign",
+        };
+        write!(f, "{name}({} bytes on {}, {place:?}, {:?})", self.len, self.device, self.written)
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        let readers = self.readers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let pending: Vec<_> = readers.iter().chain([&self.written]).filter(|fence| !fence.is_over()).cloned().collect();
+        if pending.is_empty() {
+            return;
+        }
+        // FENCE: each pending event holds the memory; the last to complete returns it.
+        let memory = Arc::new(std::mem::replace(&mut self.memory, Memory::Empty));
+        for fence in pending {
+            let memory = Arc::clone(&memory);
+            fence.on_ready(move |_| drop(memory));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::{Config, Runtime, StreamId};
+
+    fn runtime() -> Runtime {
+        Runtime::new(Config::default()).unwrap()
+    }
+
+    #[test]
+    fn bytes_written_by_the_host_are_ready_once_frozen() {
+        let runtime = runtime();
+        let mut bytes = runtime.alloc_host(100).unwrap();
+        bytes.as_bytes_mut().unwrap().fill(7);
+        let storage = bytes.freeze_ready();
+        assert!(storage.is_ready().unwrap());
+        assert_eq!(storage.as_bytes().unwrap(), [7; 100]);
+        assert!(storage.slab_id().is_some());
+    }
+
+    #[test]
+    fn fence_bytes_are_refused_until_written() {
+        let (trigger, written) = Event::pending_at(StreamId::HOST, 1);
+        let storage = runtime().alloc_host(8).unwrap().freeze_at(written);
+        assert!(!storage.is_ready().unwrap());
+        assert!(matches!(storage.as_bytes(), Err(DeviceError::NotReady { device: Device::HOST })));
+        trigger.complete(Ok(()));
+        assert_eq!(storage.as_bytes().unwrap().len(), 8);
+    }
+
+    #[test]
+    fn fence_a_failed_write_is_an_error_for_readers() {
+        let (trigger, written) = Event::pending_at(StreamId::HOST, 1);
+        let storage = runtime().alloc_host(8).unwrap().freeze_at(written);
+        trigger.complete(Err(DeviceError::Lost { device: Device::HOST, reason: "test".into() }));
+        assert!(matches!(storage.as_bytes(), Err(DeviceError::Lost { .. })));
+    }
+
+    #[test]
+    fn fence_memory_is_recycled_after_the_last_pending_use() {
+        let runtime = runtime();
+        let (write, written) = Event::pending_at(StreamId::HOST, 1);
+        let (read, pending_read) = Event::pending_at(StreamId::HOST, 2);
+        let storage = runtime.alloc_host(64).unwrap().freeze_at(written);
+        let reader = runtime.stream(Device::HOST).unwrap();
+        reader.wait(&pending_read);
+        storage.record_reader(&reader);
+        drop(storage);
+        assert_eq!(runtime.stats().live_bytes, 64);
+        write.complete(Ok(()));
+        assert_eq!(runtime.stats().live_bytes, 64, "the reader is not done");
+        read.complete(Ok(()));
+        assert_eq!(runtime.stats().live_bytes, 0);
+    }
+
+    #[test]
+    fn snapshot_only_a_sole_holder_can_write_again() {
+        let runtime = runtime();
+        let storage = runtime.alloc_host(8).unwrap().freeze_ready();
+        let clone = storage.clone();
+        let storage = storage.try_unique().expect_err("a clone is held");
+        drop(clone);
+        let (read, pending_read) = Event::pending_at(StreamId::HOST, 2);
+        let reader = runtime.stream(Device::HOST).unwrap();
+        reader.wait(&pending_read);
+        storage.record_reader(&reader);
+        let mut unique = storage.try_unique().expect("the last one");
+        assert!(matches!(unique.as_bytes_mut(), Err(DeviceError::NotReady { .. })), "a read is pending");
+        read.complete(Ok(()));
+        unique.as_bytes_mut().unwrap().fill(1);
+    }
+
+    struct Owner(AtomicUsize);
+
+    impl Release for Owner {
+        fn release(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    #[expect(unsafe_code, reason = "wraps a static")]
+    fn foreign_memory_is_read_only_and_released_once() {
+        static BYTES: [u8; 4] = [1, 2, 3, 4];
+        let owner = Arc::new(Owner(AtomicUsize::new(0)));
+        let start = NonNull::from(&BYTES).cast();
+        // SAFETY: a static lives for ever and is never written.
+        let storage = unsafe { Storage::external(start, 4, Device::HOST, owner.clone()) };
+        assert_eq!(storage.as_bytes().unwrap(), BYTES);
+        assert_eq!(storage.slab_id(), None);
+        let clone = storage.clone();
+        let storage = storage.try_unique().expect_err("shared");
+        drop(clone);
+        let storage = storage.try_unique().expect_err("foreign");
+        assert_eq!(owner.0.load(Ordering::Relaxed), 0);
+        drop(storage);
+        assert_eq!(owner.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn an_empty_storage_has_no_memory() {
+        let runtime = runtime();
+        let storage = runtime.alloc_host(0).unwrap().freeze_ready();
+        assert_eq!((storage.as_bytes().unwrap(), storage.slab_id()), (&[][..], None));
+        assert_eq!(runtime.stats().allocations, 0);
+    }
+}

@@ -1,0 +1,30 @@
+#![doc = include_str!("../../../README.md")]
+//!
+//! # This crate
+//! What Rust programs depend on: the public items of the crates below, and nothing of its own.
+//! [`architecture`] is the map of the whole.
+
+pub use farcall_device::{
+    self as device, DType, Device, DeviceError, DeviceFuture, Layout, Promise, Runtime, Storage, Stream, Tensor,
+    TensorMut,
+};
+pub use farcall_macros::function;
+pub use farcall_rpc::{
+    Agent, Call, CallError, CallId, Error, Function, JoinError, Options, Registry, RemoteError, Reply, Result, Stage,
+    To,
+};
+pub use farcall_transport::{self as transport, CloseCause, Limits, StoreServer, WorkerId, WorkerInfo};
+
+/// What a program that calls and serves functions needs.
+pub mod prelude {
+    pub use crate::{Agent, Call, CallError, DType, Device, Options, Stream, Tensor, function};
+}
+
+#[doc = include_str!("../docs/architecture.md")]
+pub mod architecture {}
+
+/// What `#[farcall::function]` expands to; not for programs.
+#[doc(hidden)]
+pub mod __private {
+    pub use farcall_rpc::{Call, Function, Handler, Outcome, Registration, inventory};
+}

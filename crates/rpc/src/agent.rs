@@ -1,0 +1,384 @@
+//! The agent: holds this worker's endpoints, carries out calls, and is what handlers and callers talk to.
+
+use std::any::TypeId;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
+use std::time::{Duration, Instant};
+
+use farcall_device::Runtime;
+use farcall_device::codec::encode;
+use farcall_transport::{CloseCause, Driver, Endpoint, Peer, Service, WorkerId, WorkerInfo};
+use tokio::runtime::Handle;
+
+use crate::call::{CallTable, Reply, Slot, lock};
+use crate::context::Call;
+use crate::error::Stage;
+use crate::function::{Args, Function};
+use crate::join::{Group, Options};
+use crate::link::{Announcement, Link, call_error, run};
+use crate::registry::Registry;
+use crate::{CallError, CallId};
+
+/// How long a dropped agent waits for its threads.
+const DROP_WAIT: Duration = Duration::from_millis(200);
+/// Threads of the runtime for async handlers.
+const ASYNC_THREADS: usize = 2;
+
+/// A function's id on every connection of this agent, and what announces it.
+pub(crate) struct Interned {
+    pub(crate) id: u32,
+    pub(crate) announcement: Arc<[u8]>,
+}
+
+/// Where calls to one worker go.
+struct Route {
+    info: WorkerInfo,
+    current: Mutex<Option<(Arc<Endpoint>, Arc<Link>)>>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) driver: Arc<Driver>,
+    pub(crate) registry: Registry,
+    pub(crate) group: OnceLock<Group>,
+    /// Calls are refused.
+    pub(crate) closed: AtomicBool,
+    /// `shutdown` has begun.
+    pub(crate) left: AtomicBool,
+    /// Calls of this worker to itself.
+    local: Mutex<CallTable>,
+    routes: OnceLock<Vec<Route>>,
+    by_name: OnceLock<HashMap<Arc<str>, u32>>,
+    interned: RwLock<HashMap<TypeId, Arc<Interned>>>,
+    me: WorkerId,
+    deadline: Duration,
+    runtime_given: Option<Handle>,
+    runtime_own: Mutex<Option<tokio::runtime::Runtime>>,
+    this: Weak<Inner>,
+}
+
+/// A worker's runtime: the group's other workers, calls to them, and the functions served to them.
+///
+/// Clones are handles of one agent. [`Agent::shutdown`] leaves the group in order; dropping the last handle closes its
+/// connections at once.
+#[derive(Clone)]
+pub struct Agent(Arc<Inner>);
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent").field("worker", &self.0.me.name).field("rank", &self.0.me.rank).finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    pub(crate) fn from_inner(inner: Arc<Inner>) -> Self {
+        Self(inner)
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    pub(crate) fn new(options: &Options, driver: &Arc<Driver>, registry: Registry) -> Self {
+        Self(Arc::new_cyclic(|this| Inner {
+            driver: Arc::clone(driver),
+            registry,
+            group: OnceLock::new(),
+            closed: AtomicBool::new(false),
+            left: AtomicBool::new(false),
+            local: Mutex::default(),
+            routes: OnceLock::new(),
+            by_name: OnceLock::new(),
+            interned: RwLock::default(),
+            me: driver.config().worker.id.clone(),
+            deadline: options.deadline,
+            runtime_given: options.runtime.clone(),
+            runtime_own: Mutex::new(None),
+            this: Weak::clone(this),
+        }))
+    }
+
+    /// The group is complete: `workers` by rank.
+    pub(crate) fn set_workers(&self, workers: Vec<WorkerInfo>) {
+        let names = workers.iter().map(|info| (Arc::clone(&info.id.name), info.id.rank)).collect();
+        let routes = workers.into_iter().map(|info| Route { info, current: Mutex::default() }).collect();
+        // Set once, by the join that makes the agent.
+        let _ = self.0.by_name.set(names);
+        let _ = self.0.routes.set(routes);
+    }
+
+    /// This worker.
+    pub fn worker(&self) -> &WorkerId {
+        &self.0.me
+    }
+
+    /// The group's workers by rank, this one included.
+    pub fn workers(&self) -> impl ExactSizeIterator<Item = &WorkerInfo> {
+        self.0.routes().iter().map(|route| &route.info)
+    }
+
+    /// Where this agent's tensors and streams come from.
+    pub fn runtime(&self) -> &Runtime {
+        &self.0.driver.config().runtime
+    }
+
+    /// Chooses the worker to call, by name or rank. Options come next, then [`To::call`].
+    pub fn to<'a>(&'a self, worker: impl Into<Target<'a>>) -> To<'a> {
+        To { agent: self, target: worker.into(), deadline: self.0.deadline }
+    }
+
+    /// Calls of this agent that wait for a reply.
+    pub fn in_flight(&self) -> usize {
+        let links =
+            self.0.routes().iter().filter_map(|route| lock(&route.current).as_ref().map(|(_, link)| Arc::clone(link)));
+        links.map(|link| link.in_flight()).sum::<usize>() + lock(&self.0.local).len()
+    }
+
+    /// The runtime async handlers run on: the one of [`Options`], or the agent's own, started now.
+    pub(crate) fn async_runtime(&self) -> Result<Handle, String> {
+        if let Some(handle) = &self.0.runtime_given {
+            return Ok(handle.clone());
+        }
+        let mut own = lock(&self.0.runtime_own);
+        if let Some(runtime) = &*own {
+            return Ok(runtime.handle().clone());
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(ASYNC_THREADS)
+            .thread_name("farcall-async")
+            .enable_all()
+            .build()
+            .map_err(|error| format!("no runtime for async handlers: {error}"))?;
+        Ok(own.insert(runtime).handle().clone())
+    }
+}
+
+impl Inner {
+    fn routes(&self) -> &[Route] {
+        self.routes.get().map_or(&[], Vec::as_slice)
+    }
+
+    fn rank(&self, target: &Target<'_>) -> Option<u32> {
+        match target {
+            Target::Name(name) => self.by_name.get()?.get(*name).copied(),
+            Target::Rank(rank) => ((*rank as usize) < self.routes().len()).then_some(*rank),
+        }
+    }
+
+    fn intern<F: Function>(&self) -> Arc<Interned> {
+        let key = TypeId::of::<F>();
+        if let Some(known) = self.interned.read().unwrap_or_else(|poisoned| poisoned.into_inner()).get(&key) {
+            return Arc::clone(known);
+        }
+        let mut interned = self.interned.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let id = interned.len() as u32;
+        let announcement = Announcement { name: F::NAME, signature: F::SIGNATURE };
+        let announcement = match postcard::to_stdvec(&announcement) {
+            Ok(bytes) => bytes.into(),
+            Err(error) => unreachable!("two strings always encode: {error}"),
+        };
+        Arc::clone(interned.entry(key).or_insert_with(|| Arc::new(Interned { id, announcement })))
+    }
+
+    /// The open or opening endpoint to `rank`; dialed on first use and after a loss.
+    fn route(&self, rank: u32) -> Result<(Arc<Endpoint>, Arc<Link>), farcall_transport::TransferError> {
+        let route = &self.routes()[rank as usize];
+        let mut current = lock(&route.current);
+        if let Some((endpoint, link)) = &*current
+            && endpoint.closed().is_none()
+        {
+            return Ok((Arc::clone(endpoint), Arc::clone(link)));
+        }
+        let link = Link::new(&self.this, route.info.id.clone());
+        let endpoint = Endpoint::dial(&self.driver, &route.info, Arc::clone(&link) as Arc<dyn Peer>)?;
+        *current = Some((Arc::clone(&endpoint), Arc::clone(&link)));
+        Ok((endpoint, link))
+    }
+
+    /// A closed endpoint is no route any more.
+    pub(crate) fn forget(&self, worker: &WorkerId, endpoint: &Arc<Endpoint>) {
+        let Some(route) = self.routes().get(worker.rank as usize) else { return };
+        let Ok(mut current) = route.current.try_lock() else { return };
+        if current.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, endpoint)) {
+            *current = None;
+        }
+    }
+
+    /// Closes everything, whatever is in flight. Idempotent.
+    pub(crate) fn stop(&self, wait: Duration) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.driver.stop(wait);
+        for slot in lock(&self.local).take_all() {
+            slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+        }
+        if let Some(runtime) = lock(&self.runtime_own).take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop(DROP_WAIT);
+    }
+}
+
+/// Opens links for peers that dial this agent.
+pub(crate) struct Acceptor(pub(crate) Weak<Inner>);
+
+impl Service for Acceptor {
+    fn on_open(&self, endpoint: &Arc<Endpoint>, remote: &WorkerInfo) -> Arc<dyn Peer> {
+        let link = Link::new(&self.0, remote.id.clone());
+        let agent = self.0.upgrade();
+        if let Some(route) = agent.as_ref().and_then(|agent| agent.routes().get(remote.id.rank as usize))
+            && route.info == *remote
+            && let Ok(mut current) = route.current.try_lock()
+            && current.is_none()
+        {
+            // Calls back to it share its connection. Two that dial each other at once keep one each.
+            *current = Some((Arc::clone(endpoint), Arc::clone(&link)));
+        }
+        link
+    }
+
+    fn on_timer(&self, now: Instant) -> Option<Instant> {
+        let agent = self.0.upgrade()?;
+        let (overdue, next) = lock(&agent.local).take_overdue(now);
+        overdue.iter().for_each(|slot| slot.expire(Stage::Waiting));
+        next
+    }
+}
+
+/// A worker by name or by rank.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Target<'a> {
+    /// Its name.
+    Name(&'a str),
+    /// Its rank.
+    Rank(u32),
+}
+
+impl<'a> From<&'a str> for Target<'a> {
+    fn from(name: &'a str) -> Self {
+        Self::Name(name)
+    }
+}
+
+impl<'a> From<&'a String> for Target<'a> {
+    fn from(name: &'a String) -> Self {
+        Self::Name(name)
+    }
+}
+
+impl From<u32> for Target<'_> {
+    fn from(rank: u32) -> Self {
+        Self::Rank(rank)
+    }
+}
+
+impl<'a> From<&'a WorkerId> for Target<'a> {
+    fn from(id: &'a WorkerId) -> Self {
+        Self::Name(&id.name)
+    }
+}
+
+/// Calls to one worker, with their options.
+#[derive(Clone, Copy, Debug)]
+#[must_use = "options do nothing until `call`"]
+pub struct To<'a> {
+    agent: &'a Agent,
+    target: Target<'a>,
+    deadline: Duration,
+}
+
+impl To<'_> {
+    /// How long a call waits for its reply. Default: [`Options::deadline`].
+    pub fn deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// Calls `function` on the worker: sent at once, never blocking; the reply is a future.
+    ///
+    /// Arguments are values or references of the parameters' types, tensors anywhere inside. A tensor's bytes are read
+    /// now or later without a copy: storages are written once. A call to this worker itself takes no socket.
+    ///
+    /// # Shapes and dtypes
+    /// Any rank up to 16 and any dtype. Views with gaps are packed first; transposed and broadcast ones are not.
+    /// # Errors
+    /// None here: every failure, that of sending included, is the reply's [`CallError`].
+    /// # Cost
+    /// One `send` on an open connection. Tensors above 64 KiB travel on a second connection, opened at the first.
+    pub fn call<F: Function, A: Args<F::Args>>(&self, function: F, args: A) -> Reply<F::Output> {
+        let _ = function;
+        let agent = &self.agent.0;
+        let Some(rank) = agent.rank(&self.target) else {
+            let target = match self.target {
+                Target::Name(name) => name.to_owned(),
+                Target::Rank(rank) => format!("of rank {rank}"),
+            };
+            let known = self.agent.workers().map(|info| Arc::clone(&info.id.name)).collect();
+            let id = CallId { worker: target.as_str().into(), function: F::NAME };
+            let slot = Slot::new(id, F::SIGNATURE, self.deadline);
+            slot.complete(Err(CallError::NoSuchWorker { target, known }));
+            return Reply::new(slot, None);
+        };
+        let worker = Arc::clone(&agent.routes()[rank as usize].info.id.name);
+        let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, self.deadline);
+        if agent.closed.load(Ordering::SeqCst) {
+            slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+            return Reply::new(slot, None);
+        }
+        let encoded = match encode(&args) {
+            Ok(encoded) => encoded,
+            Err(source) => {
+                slot.complete(Err(CallError::Encode { call: slot.id.clone(), source }));
+                return Reply::new(slot, None);
+            }
+        };
+        if rank == agent.me.rank {
+            self.call_here::<F>(&slot, encoded);
+            return Reply::new(slot, None);
+        }
+        match agent.route(rank) {
+            Ok((endpoint, link)) => {
+                link.request(&endpoint, &slot, &agent.intern::<F>(), &encoded);
+                Reply::new(slot, Some(endpoint))
+            }
+            Err(error) => {
+                let cause = Arc::new(match error {
+                    farcall_transport::TransferError::Os { source, .. } => {
+                        CloseCause::Connect { address: agent.routes()[rank as usize].info.address, source }
+                    }
+                    _ => CloseCause::PeerLost { source: None },
+                });
+                slot.complete(Err(CallError::PeerLost { call: slot.id.clone(), stage: Stage::Connecting, cause }));
+                Reply::new(slot, None)
+            }
+        }
+    }
+
+    fn call_here<F: Function>(&self, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
+        let agent = &self.agent.0;
+        let Some(registered) = agent.registry.find(F::NAME).map(Arc::clone) else {
+            let nearest = agent.registry.nearest(F::NAME).map(str::to_owned);
+            return slot.complete(Err(CallError::UnknownFunction { call: slot.id.clone(), nearest }));
+        };
+        let cx = Call {
+            agent: self.agent.clone(),
+            caller: Arc::new(agent.me.clone()),
+            function: registered.name,
+            deadline: Some(slot.deadline),
+        };
+        let call = lock(&agent.local).insert(Arc::clone(slot));
+        agent.driver.schedule(slot.deadline);
+        let this = Weak::clone(&agent.this);
+        agent.driver.spawn(Box::new(move |turn| {
+            run(registered, cx, encoded, turn, move |answer, _| {
+                let Some(slot) = this.upgrade().and_then(|agent| lock(&agent.local).remove(call)) else { return };
+                slot.complete(answer.map_err(|failure| call_error(&slot, failure)));
+            });
+        }));
+    }
+}

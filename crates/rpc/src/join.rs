@@ -1,0 +1,347 @@
+//! Joining a group of a known size, and leaving it together.
+//!
+//! Static join: each worker publishes its address in the store and waits for all others'. Leaving: a worker is done when
+//! its own calls have their replies; it then serves on until every other is done or gone, and only then closes.
+//! Invariant BOUNDED: joining and leaving have deadlines; what they miss is named.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use farcall_device::Runtime;
+use farcall_transport::{
+    Driver, DriverConfig, EmbeddedStore, Limits, Store, StoreError, StoreServer, WorkerId, WorkerInfo, gone_key,
+};
+use tokio::sync::oneshot;
+
+use crate::Registry;
+use crate::agent::{Acceptor, Agent};
+use crate::error::JoinError;
+
+/// How often a leaving worker looks whether its own calls have ended.
+const DRAIN_TICK: Duration = Duration::from_millis(2);
+/// How long threads may take to end after everything was closed.
+const STOP_WAIT: Duration = Duration::from_secs(2);
+
+/// How a worker joins its group. [`Options::from_env`] reads what a launcher such as `farcall run` set.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Options {
+    /// This worker's name, unique in the group. Default `w<rank>`.
+    pub name: Option<String>,
+    /// 0 to `world_size` − 1.
+    pub rank: u32,
+    /// Workers in the group.
+    pub world_size: u32,
+    /// Where the store is, as `host:port`.
+    pub store: String,
+    /// Host the store in this process. Default: rank 0 does.
+    pub host_store: bool,
+    /// Told apart from other groups that use the same store or ports.
+    pub group: String,
+    /// Where this worker listens; port 0 for any. Default 127.0.0.1:0. Only loopback is allowed yet.
+    pub bind: SocketAddr,
+    /// How long a call waits for its reply unless told otherwise. Default 60 s.
+    pub deadline: Duration,
+    /// How long joining may take. Default 60 s.
+    pub join_timeout: Duration,
+    /// How long [`Agent::shutdown`] waits for calls in flight and for the others. Default 60 s.
+    pub shutdown_timeout: Duration,
+    /// The functions served. Default: all that are linked in.
+    pub registry: Option<Registry>,
+    /// Where async handlers run. Default: a small runtime of the agent's own.
+    pub runtime: Option<tokio::runtime::Handle>,
+    /// Memory and streams. Default: the process's.
+    pub device_runtime: Option<Runtime>,
+    /// Bounds on what peers may send.
+    pub limits: Limits,
+}
+
+impl Options {
+    /// Options for `rank` of `world_size` workers that meet at `store`.
+    pub fn new(rank: u32, world_size: u32, store: impl Into<String>) -> Self {
+        Self {
+            name: None,
+            rank,
+            world_size,
+            store: store.into(),
+            host_store: rank == 0,
+            group: "farcall".to_owned(),
+            bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            deadline: Duration::from_secs(60),
+            join_timeout: Duration::from_secs(60),
+            shutdown_timeout: Duration::from_secs(60),
+            registry: None,
+            runtime: None,
+            device_runtime: None,
+            limits: Limits::default(),
+        }
+    }
+
+    /// Options from the environment.
+    ///
+    /// `FARCALL_RANK`, `FARCALL_WORLD_SIZE` and `FARCALL_STORE` (host:port) must be set; `FARCALL_NAME`,
+    /// `FARCALL_GROUP`, `FARCALL_BIND` (address:port) and `FARCALL_HOST_STORE` (0 or 1) may be.
+    ///
+    /// # Errors
+    /// [`JoinError::Setting`] names the variable.
+    pub fn from_env() -> Result<Self, JoinError> {
+        Self::from_variables(|name| std::env::var(name).ok())
+    }
+
+    pub(crate) fn from_variables(get: impl Fn(&str) -> Option<String>) -> Result<Self, JoinError> {
+        let required = |variable: &'static str| {
+            let message = "not set; start this program with `farcall run -n N -- …`, or set it".to_owned();
+            get(variable).ok_or(JoinError::Setting { variable, message })
+        };
+        fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(
+            variable: &'static str,
+            text: &str,
+        ) -> Result<T, JoinError> {
+            text.parse().map_err(|error: T::Err| JoinError::Setting { variable, message: format!("{text:?}: {error}") })
+        }
+        let rank: u32 = parse("FARCALL_RANK", &required("FARCALL_RANK")?)?;
+        let world_size: u32 = parse("FARCALL_WORLD_SIZE", &required("FARCALL_WORLD_SIZE")?)?;
+        let mut options = Self::new(rank, world_size, required("FARCALL_STORE")?);
+        options.name = get("FARCALL_NAME");
+        if let Some(group) = get("FARCALL_GROUP") {
+            options.group = group;
+        }
+        if let Some(bind) = get("FARCALL_BIND") {
+            options.bind = parse("FARCALL_BIND", &bind)?;
+        }
+        if let Some(host) = get("FARCALL_HOST_STORE") {
+            options.host_store = match host.as_str() {
+                "0" => false,
+                "1" => true,
+                _ => {
+                    let message = format!("{host:?}: 0 or 1 is expected");
+                    return Err(JoinError::Setting { variable: "FARCALL_HOST_STORE", message });
+                }
+            };
+        }
+        options.check()?;
+        Ok(options)
+    }
+
+    fn check(&self) -> Result<(), JoinError> {
+        if self.rank >= self.world_size {
+            let message = format!("rank {} of {} workers", self.rank, self.world_size);
+            return Err(JoinError::Setting { variable: "FARCALL_RANK", message });
+        }
+        Ok(())
+    }
+}
+
+/// What leaving needs: the store, and this worker's place in it.
+pub(crate) struct Group {
+    store: EmbeddedStore,
+    /// Kept while the group may need it.
+    server: std::sync::Mutex<Option<StoreServer>>,
+    prefix: String,
+    world_size: u32,
+    shutdown_timeout: Duration,
+}
+
+impl Group {
+    fn key(&self, what: &str, rank: u32) -> String {
+        format!("{}/{what}/{rank}", self.prefix)
+    }
+
+    /// Publishes `what` for `rank`, and waits until every rank has published it or is gone.
+    fn meet(&self, what: &str, rank: u32, deadline: Instant) -> Result<(), StoreError> {
+        self.store.set(&self.key(what, rank), b"")?;
+        let keys: Vec<[String; 2]> =
+            (0..self.world_size).map(|rank| [self.key(what, rank), gone_key(&identity(&self.prefix, rank))]).collect();
+        let groups: Vec<[&str; 2]> = keys.iter().map(|[a, b]| [a.as_str(), b.as_str()]).collect();
+        let groups: Vec<&[&str]> = groups.iter().map(<[&str; 2]>::as_slice).collect();
+        self.store.wait_each(&groups, deadline)
+    }
+}
+
+fn identity(prefix: &str, rank: u32) -> String {
+    format!("{prefix}/{rank}")
+}
+
+impl Agent {
+    /// Joins the group: resolves once all `world_size` workers are known. Connections are made at first use.
+    ///
+    /// # Errors
+    /// [`JoinError`]: a bad setting, a name given twice, or workers that did not come within `join_timeout`, by rank.
+    /// # Cancel safety
+    /// Dropping the future lets the join go on in its thread; the agent it gives is closed at once.
+    pub async fn join(options: Options) -> Result<Self, JoinError> {
+        on_thread("farcall-join", move || Self::join_blocking(options)).await?
+    }
+
+    /// [`Agent::join`] for threads that may block.
+    ///
+    /// # Errors
+    /// As [`Agent::join`].
+    pub fn join_blocking(options: Options) -> Result<Self, JoinError> {
+        options.check()?;
+        let registry = options.registry.clone().unwrap_or_else(Registry::collected);
+        registry.check()?;
+        let deadline = Instant::now() + options.join_timeout;
+        let server = options.host_store.then(|| StoreServer::bind(&options.store)).transpose()?;
+        let address = server.as_ref().map_or_else(|| options.store.clone(), |server| server.address().to_string());
+        let store = EmbeddedStore::connect(&address, &identity(&options.group, options.rank), deadline)?;
+
+        let name = options.name.clone().unwrap_or_else(|| format!("w{}", options.rank));
+        let worker = WorkerInfo {
+            id: WorkerId { name: name.into(), rank: options.rank },
+            address: options.bind,
+            pid: std::process::id(),
+            incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_nanos() as u64),
+        };
+        let driver = Driver::bind(DriverConfig {
+            worker,
+            group: options.group.clone(),
+            limits: options.limits.clone(),
+            runtime: options.device_runtime.clone().unwrap_or_else(|| Runtime::global().clone()),
+            connect_timeout: Duration::from_secs(5),
+            threads_max: 1024,
+        })?;
+        let agent = Self::new(&options, &driver, registry);
+        let group = Group {
+            store,
+            server: std::sync::Mutex::new(server),
+            prefix: options.group.clone(),
+            world_size: options.world_size,
+            shutdown_timeout: options.shutdown_timeout,
+        };
+        driver.start(Arc::new(Acceptor(Arc::downgrade(agent.inner()))))?;
+        agent.set_workers(meet_workers(&group, &driver.config().worker, deadline)?);
+        // Set once, here.
+        let _ = agent.inner().group.set(group);
+        Ok(agent)
+    }
+
+    /// Leaves the group in order: waits for this agent's own calls, serves the others until each is done or gone, then
+    /// closes every connection. Calls made after it fail with `ShutDown`; while it serves, handlers may still call.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] (in [`JoinError::Store`]) names who was not done in `shutdown_timeout`; the agent is
+    /// closed all the same. Shutting down twice is no error.
+    /// # Cancel safety
+    /// Dropping the future lets the shutdown go on in its thread.
+    pub async fn shutdown(&self) -> Result<(), JoinError> {
+        let agent = self.clone();
+        on_thread("farcall-leave", move || agent.shutdown_blocking()).await?
+    }
+
+    /// [`Agent::shutdown`] for threads that may block.
+    ///
+    /// # Errors
+    /// As [`Agent::shutdown`].
+    pub fn shutdown_blocking(&self) -> Result<(), JoinError> {
+        let inner = self.inner();
+        let Some(group) = inner.group.get() else { return Ok(()) };
+        if inner.left.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let deadline = Instant::now() + group.shutdown_timeout;
+        while self.in_flight() > 0 && Instant::now() < deadline {
+            std::thread::sleep(DRAIN_TICK);
+        }
+        let rank = self.worker().rank;
+        let met = group.meet("done", rank, deadline);
+        inner.stop(STOP_WAIT);
+        // Who hosts the store keeps it until the others know that all are done.
+        let hosts = group.server.lock().is_ok_and(|server| server.is_some());
+        if hosts {
+            if let Err(error) = group.meet("left", rank, Instant::now() + STOP_WAIT) {
+                tracing::warn!(%error, "closing the store before everybody left it");
+            }
+        } else if met.is_ok() {
+            // If the host is gone already, it knows.
+            let _ = group.store.set(&group.key("left", rank), b"");
+        }
+        let _ = group.store.close();
+        if let Ok(mut server) = group.server.lock() {
+            *server = None;
+        }
+        Ok(met?)
+    }
+
+    /// Closes every connection at once: calls in flight fail here and at the peers. Idempotent.
+    pub fn abort(&self) {
+        self.inner().stop(STOP_WAIT);
+    }
+}
+
+/// Publishes this worker and reads all others.
+fn meet_workers(group: &Group, worker: &WorkerInfo, deadline: Instant) -> Result<Vec<WorkerInfo>, JoinError> {
+    let malformed = |rank: u32, message: String| JoinError::Malformed { rank, message };
+    let rank = worker.id.rank;
+    let published = postcard::to_stdvec(worker).map_err(|error| malformed(rank, error.to_string()))?;
+    group.store.set(&group.key("worker", rank), &published)?;
+    let keys: Vec<String> = (0..group.world_size).map(|rank| group.key("worker", rank)).collect();
+    let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+    let mut workers: Vec<WorkerInfo> = Vec::with_capacity(keys.len());
+    for (value, rank) in group.store.wait(&keys, deadline)?.iter().zip(0..) {
+        let info: WorkerInfo = postcard::from_bytes(value).map_err(|error| malformed(rank, error.to_string()))?;
+        if info.id.rank != rank {
+            return Err(malformed(rank, format!("it says it is rank {}", info.id.rank)));
+        }
+        if let Some(other) = workers.iter().find(|other| other.id.name == info.id.name) {
+            return Err(JoinError::DuplicateWorker { name: info.id.name, ranks: [other.id.rank, rank] });
+        }
+        workers.push(info);
+    }
+    Ok(workers)
+}
+
+/// Runs what blocks in a thread of its own, so that no runtime's thread waits for it.
+async fn on_thread<T: Send + 'static>(
+    what: &'static str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    let (sender, receiver) = oneshot::channel();
+    // A receiver that is gone drops the value: an agent closes its connections.
+    let body = move || drop(sender.send(run()));
+    let started = std::thread::Builder::new().name(what.into()).spawn(body);
+    started.map_err(|error| JoinError::Thread { what, message: error.to_string() })?;
+    receiver.await.map_err(|_| JoinError::Thread { what, message: "ended early".to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(variables: &[(&str, &str)]) -> Result<Options, JoinError> {
+        Options::from_variables(|name| {
+            variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+        })
+    }
+
+    #[test]
+    fn settings_are_read_from_the_environment() {
+        let options = from(&[
+            ("FARCALL_RANK", "1"),
+            ("FARCALL_WORLD_SIZE", "4"),
+            ("FARCALL_STORE", "127.0.0.1:2950"),
+            ("FARCALL_NAME", "trainer"),
+            ("FARCALL_HOST_STORE", "1"),
+        ])
+        .expect("complete settings");
+        assert_eq!((options.rank, options.world_size, options.host_store), (1, 4, true));
+        assert_eq!(options.name.as_deref(), Some("trainer"));
+    }
+
+    #[test]
+    fn a_wrong_or_missing_setting_is_named() {
+        let named = |variables: &[(&str, &str)]| match from(variables) {
+            Err(JoinError::Setting { variable, .. }) => variable,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(named(&[]), "FARCALL_RANK");
+        assert_eq!(named(&[("FARCALL_RANK", "x")]), "FARCALL_RANK");
+        assert_eq!(
+            named(&[("FARCALL_RANK", "4"), ("FARCALL_WORLD_SIZE", "4"), ("FARCALL_STORE", "a:1")]),
+            "FARCALL_RANK"
+        );
+        assert_eq!(named(&[("FARCALL_RANK", "0"), ("FARCALL_WORLD_SIZE", "4")]), "FARCALL_STORE");
+    }
+}

@@ -1,0 +1,28 @@
+//! Calls between workers: functions, agents, calls and their errors. Knows no socket and no driver of a device.
+//!
+//! - [`Agent`]: a worker's runtime. [`Agent::to`] chooses a worker, [`To::call`] calls a function on it.
+//! - [`Function`], [`Handler`], [`Registry`]: what `#[farcall::function]` makes, and where it is found.
+//! - [`Reply`]: a call's value to come. [`CallError`]: why there is none.
+//! - [`Call`]: what a handler knows of the call it serves.
+//!
+//! Invariants, named where they are kept: READY (a value is reached when its storages are complete), ONCE (a request is
+//! sent once; nothing retries it), REGISTERED (only registered functions run), BOUNDED (every call, join and shutdown
+//! has a deadline), C1 and C2 (a call has one outcome, and has one in time).
+
+mod agent;
+mod call;
+mod context;
+mod error;
+mod function;
+mod join;
+mod link;
+mod registry;
+
+pub use agent::{Agent, Target, To};
+pub use call::{Reply, ReplyFuture};
+pub use context::Call;
+pub use error::{CallError, CallId, Error, JoinError, RemoteError, Result, Stage};
+pub use function::{Arg, Args, Function, Handler, Outcome};
+pub use inventory;
+pub use join::Options;
+pub use registry::{Registration, Registry};

@@ -1,0 +1,303 @@
+//! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
+
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use farcall_device::Encoded;
+use farcall_transport::frame::Kind;
+use farcall_transport::{CloseCause, Endpoint, Frame, Outbound, Peer, ProtocolError, TransferError, Turn, WorkerId};
+use serde::{Deserialize, Serialize};
+
+use crate::agent::{Agent, Inner, Interned};
+use crate::call::{CallTable, Slot, lock};
+use crate::context::Call;
+use crate::error::{Failure, Stage};
+use crate::function::HandlerKind;
+use crate::registry::Registered;
+use crate::{CallError, CallId};
+
+/// Functions one peer may announce on one connection.
+const FUNCTIONS_MAX: usize = 1 << 16;
+/// Calls that may wait for one peer.
+const CALLS_MAX: usize = 1 << 16;
+
+/// Metadata of a Function frame.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Announcement<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) signature: &'a str,
+}
+
+/// What a peer's interned id stands for here.
+#[derive(Clone)]
+enum Target {
+    Function(Arc<Registered>),
+    Refused(Failure),
+}
+
+/// See the module.
+pub(crate) struct Link {
+    agent: Weak<Inner>,
+    worker: Arc<WorkerId>,
+    calls: Mutex<CallTable>,
+    functions: Mutex<Vec<Option<Target>>>,
+}
+
+impl Link {
+    pub(crate) fn new(agent: &Weak<Inner>, worker: WorkerId) -> Arc<Self> {
+        Arc::new(Self {
+            agent: Weak::clone(agent),
+            worker: Arc::new(worker),
+            calls: Mutex::default(),
+            functions: Mutex::default(),
+        })
+    }
+
+    /// Calls that wait for a reply.
+    pub(crate) fn in_flight(&self) -> usize {
+        lock(&self.calls).len()
+    }
+
+    /// Sends a request; its outcome, a failure to send included, arrives in `slot`.
+    pub(crate) fn request(&self, endpoint: &Arc<Endpoint>, slot: &Arc<Slot>, function: &Interned, encoded: &Encoded) {
+        let call = {
+            let mut calls = lock(&self.calls);
+            let in_flight = calls.len();
+            if in_flight >= CALLS_MAX {
+                return slot.complete(Err(CallError::Overloaded { call: slot.id.clone(), in_flight }));
+            }
+            calls.insert(Arc::clone(slot))
+        };
+        let request = Outbound {
+            kind: Kind::Request,
+            call,
+            function: function.id,
+            deadline_us: u64::try_from(slot.after.as_micros()).unwrap_or(u64::MAX).max(1),
+            metadata: &encoded.metadata,
+            tensors: &encoded.tensors,
+        };
+        match endpoint.send_to_function(&request, &function.announcement) {
+            Ok(()) => endpoint.driver().schedule(slot.deadline),
+            Err(error) => {
+                // Its close may have taken the slot already; a slot is completed once.
+                lock(&self.calls).remove(call);
+                slot.complete(Err(self.send_error(&slot.id, error)));
+            }
+        }
+        if let Some(cause) = endpoint.closed() {
+            // Closed between the insertion and now: `on_closed` may have run before it.
+            lock(&self.calls).remove(call);
+            slot.complete(Err(lost(&slot.id, endpoint, cause)));
+        }
+    }
+
+    fn send_error(&self, call: &CallId, error: TransferError) -> CallError {
+        match error {
+            TransferError::Closed { cause } => CallError::PeerLost { call: call.clone(), stage: Stage::Waiting, cause },
+            source => CallError::Send { call: call.clone(), source },
+        }
+    }
+
+    fn on_announcement(&self, frame: &Frame) -> Result<(), ProtocolError> {
+        let malformed = |message: String| ProtocolError::Malformed { what: "function announcement", message };
+        let announced: Announcement<'_> =
+            postcard::from_bytes(&frame.metadata).map_err(|error| malformed(error.to_string()))?;
+        let index = frame.function as usize;
+        if index >= FUNCTIONS_MAX {
+            return Err(malformed(format!("function id {index} of at most {FUNCTIONS_MAX}")));
+        }
+        let Some(agent) = self.agent.upgrade() else { return Ok(()) };
+        let target = resolve(&agent, &announced);
+        let mut functions = lock(&self.functions);
+        if functions.len() <= index {
+            functions.resize(index + 1, None);
+        }
+        functions[index] = Some(target);
+        Ok(())
+    }
+
+    fn on_request(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
+        let Some(target) = lock(&self.functions).get(frame.function as usize).cloned().flatten() else {
+            let message = format!("request for function id {}, which was not announced", frame.function);
+            return Err(ProtocolError::Malformed { what: "request", message });
+        };
+        let reply = ReplyTo { endpoint: Arc::clone(endpoint), call: frame.call };
+        let Some(agent) = self.agent.upgrade() else { return Ok(()) };
+        let registered = match target {
+            Target::Function(registered) => registered,
+            Target::Refused(failure) => {
+                reply.send(Err(failure), Some(turn));
+                return Ok(());
+            }
+        };
+        let cx = Call {
+            agent: Agent::from_inner(agent),
+            caller: Arc::clone(&self.worker),
+            function: registered.name,
+            deadline: (frame.deadline_us > 0).then(|| Instant::now() + Duration::from_micros(frame.deadline_us)),
+        };
+        let encoded = Encoded { metadata: frame.metadata, tensors: frame.tensors };
+        run(registered, cx, encoded, turn, move |answer, turn| reply.send(answer, turn));
+        Ok(())
+    }
+
+    fn on_answer(&self, frame: Frame) -> Result<(), ProtocolError> {
+        // Gone: its deadline passed. The late answer is nobody's.
+        let Some(slot) = lock(&self.calls).remove(frame.call) else { return Ok(()) };
+        let outcome = if frame.kind == Kind::Reply {
+            Ok(Encoded { metadata: frame.metadata, tensors: frame.tensors })
+        } else {
+            match postcard::from_bytes::<Failure>(&frame.metadata) {
+                Ok(failure) => Err(call_error(&slot, failure)),
+                Err(error) => Err(CallError::BadReply { call: slot.id.clone(), message: error.to_string() }),
+            }
+        };
+        slot.complete(outcome);
+        Ok(())
+    }
+}
+
+fn resolve(agent: &Inner, announced: &Announcement<'_>) -> Target {
+    let Some(registered) = agent.registry.find(announced.name) else {
+        let nearest = agent.registry.nearest(announced.name).map(str::to_owned);
+        return Target::Refused(Failure::UnknownFunction { nearest });
+    };
+    if registered.signature != announced.signature {
+        return Target::Refused(Failure::Signature { callee: registered.signature.to_owned() });
+    }
+    Target::Function(Arc::clone(registered))
+}
+
+/// Runs a handler where its kind belongs: inline, on the pool, or on the runtime; `reply` gets its answer.
+pub(crate) fn run<R>(registered: Arc<Registered>, cx: Call, encoded: Encoded, turn: &mut Turn, reply: R)
+where
+    R: FnOnce(Result<Encoded, Failure>, Option<&mut Turn>) + Send + 'static,
+{
+    match &registered.handler.0 {
+        HandlerKind::Sync(handler) if registered.inline => {
+            let answer = handler(&cx, encoded);
+            reply(answer, Some(turn));
+        }
+        HandlerKind::Sync(_) => turn.spawn(Box::new(move |turn| {
+            let HandlerKind::Sync(handler) = &registered.handler.0 else { unreachable!("matched above") };
+            let answer = handler(&cx, encoded);
+            reply(answer, Some(turn));
+        })),
+        HandlerKind::Future(_) => turn.spawn(Box::new(move |_| {
+            let HandlerKind::Future(handler) = &registered.handler.0 else { unreachable!("matched above") };
+            match cx.agent().clone().async_runtime() {
+                Ok(runtime) => {
+                    let future = {
+                        // The handler's first statements may use the runtime, too.
+                        let _entered = runtime.enter();
+                        handler(cx, encoded)
+                    };
+                    drop(runtime.spawn(async move { reply(future.await, None) }));
+                }
+                Err(message) => reply(Err(Failure::Panicked { message }), None),
+            }
+        })),
+    }
+}
+
+struct ReplyTo {
+    endpoint: Arc<Endpoint>,
+    call: u64,
+}
+
+impl ReplyTo {
+    fn send(&self, answer: Result<Encoded, Failure>, turn: Option<&mut Turn>) {
+        let failure = match answer {
+            Ok(encoded) => {
+                let outbound = Outbound {
+                    call: self.call,
+                    tensors: &encoded.tensors,
+                    ..Outbound::new(Kind::Reply, &encoded.metadata)
+                };
+                match self.send_frame(&outbound, turn) {
+                    Ok(()) | Err(TransferError::Closed { .. }) => return,
+                    Err(error) => return self.send_failure(&Failure::Reply { message: error.to_string() }, None),
+                }
+            }
+            Err(failure) => failure,
+        };
+        self.send_failure(&failure, turn);
+    }
+
+    fn send_failure(&self, failure: &Failure, turn: Option<&mut Turn>) {
+        let metadata = match postcard::to_stdvec(failure) {
+            Ok(metadata) => metadata,
+            Err(error) => unreachable!("plain enums always encode: {error}"),
+        };
+        let outbound = Outbound { call: self.call, ..Outbound::new(Kind::Error, &metadata) };
+        match self.send_frame(&outbound, turn) {
+            Ok(()) | Err(TransferError::Closed { .. }) => {}
+            // A text longer than a frame may be: the caller gets the short form.
+            Err(error) => {
+                let short = Failure::Reply { message: format!("its error could not be sent: {error}") };
+                if let Ok(metadata) = postcard::to_stdvec(&short) {
+                    let outbound = Outbound { call: self.call, ..Outbound::new(Kind::Error, &metadata) };
+                    drop(self.endpoint.send(&outbound));
+                }
+            }
+        }
+    }
+
+    fn send_frame(&self, outbound: &Outbound<'_>, turn: Option<&mut Turn>) -> Result<(), TransferError> {
+        match turn {
+            Some(turn) => self.endpoint.send_in(outbound, turn),
+            None => self.endpoint.send(outbound),
+        }
+    }
+}
+
+pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
+    let call = slot.id.clone();
+    match failure {
+        Failure::UnknownFunction { nearest } => CallError::UnknownFunction { call, nearest },
+        Failure::Signature { callee } => CallError::SignatureMismatch { call, caller: slot.signature, callee },
+        Failure::BadArguments { message } => CallError::BadArguments { call, message },
+        Failure::Handler(error) => CallError::Remote { call, error },
+        Failure::Panicked { message } => CallError::Panicked { call, message },
+        Failure::Reply { message } => CallError::BadReply { call, message },
+    }
+}
+
+fn lost(call: &CallId, endpoint: &Endpoint, cause: &Arc<CloseCause>) -> CallError {
+    let stage = if endpoint.remote().is_some() { Stage::Waiting } else { Stage::Connecting };
+    CallError::PeerLost { call: call.clone(), stage, cause: Arc::clone(cause) }
+}
+
+impl Peer for Link {
+    fn on_frame(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
+        match frame.kind {
+            Kind::Request => self.on_request(endpoint, frame, turn),
+            Kind::Reply | Kind::Error => self.on_answer(frame),
+            Kind::Function => self.on_announcement(&frame),
+            kind => Err(ProtocolError::Unexpected { kind, expected: "a frame of a call" }),
+        }
+    }
+
+    fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>) {
+        for slot in lock(&self.calls).take_all() {
+            slot.complete(Err(lost(&slot.id, endpoint, cause)));
+        }
+        if let Some(agent) = self.agent.upgrade() {
+            agent.forget(&self.worker, endpoint);
+        }
+        match **cause {
+            CloseCause::LocalShutdown | CloseCause::PeerShutdown { .. } => {
+                tracing::debug!(peer = %self.worker, %cause, "endpoint closed");
+            }
+            _ => tracing::info!(peer = %self.worker, %cause, "endpoint closed"),
+        }
+    }
+
+    fn on_timer(&self, now: Instant) -> Option<Instant> {
+        let (overdue, next) = lock(&self.calls).take_overdue(now);
+        for slot in overdue {
+            slot.expire(Stage::Waiting);
+        }
+        next
+    }
+}

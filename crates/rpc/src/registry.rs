@@ -1,0 +1,143 @@
+//! The functions an agent serves: name → handler. One registry per agent; nothing is process-global.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+use crate::error::JoinError;
+use crate::function::{Function, Handler};
+
+/// What `#[farcall::function]` submits to `inventory`.
+pub struct Registration {
+    name: &'static str,
+    signature: &'static str,
+    inline: bool,
+    handler: fn() -> Handler,
+}
+
+impl Registration {
+    /// The registration of `F`.
+    pub const fn of<F: Function>() -> Self {
+        Self { name: F::NAME, signature: F::SIGNATURE, inline: F::INLINE, handler: F::handler }
+    }
+}
+
+inventory::collect!(Registration);
+
+pub(crate) struct Registered {
+    pub(crate) name: &'static str,
+    pub(crate) signature: &'static str,
+    pub(crate) inline: bool,
+    pub(crate) handler: Handler,
+}
+
+/// The functions an agent serves.
+#[derive(Clone, Default)]
+pub struct Registry {
+    functions: HashMap<&'static str, Arc<Registered>>,
+    duplicate: Option<&'static str>,
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.functions.keys()).finish()
+    }
+}
+
+impl Registry {
+    /// No functions; the agent only calls.
+    pub fn empty() -> Self {
+        Self::default()
+    }
+
+    /// Every `#[farcall::function]` linked into this program.
+    pub fn collected() -> Self {
+        inventory::iter::<Registration>.into_iter().fold(Self::default(), Self::add)
+    }
+
+    /// Adds one function.
+    #[must_use]
+    pub fn with<F: Function>(self, _function: F) -> Self {
+        self.add(&Registration::of::<F>())
+    }
+
+    fn add(mut self, registration: &Registration) -> Self {
+        let &Registration { name, signature, inline, handler } = registration;
+        match self.functions.entry(name) {
+            Entry::Occupied(_) => self.duplicate = Some(name),
+            Entry::Vacant(entry) => {
+                entry.insert(Arc::new(Registered { name, signature, inline, handler: handler() }));
+            }
+        }
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<(), JoinError> {
+        self.duplicate.map_or(Ok(()), |name| Err(JoinError::DuplicateFunction { name }))
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Option<&Arc<Registered>> {
+        self.functions.get(name)
+    }
+
+    /// The registered name most like `name`, if any is close.
+    pub(crate) fn nearest(&self, name: &str) -> Option<&'static str> {
+        let last = |name: &str| name.rsplit("::").next().map(str::to_owned);
+        let by_distance = |known: &&'static str| (last(known) != last(name), distance(known, name), *known);
+        let best = self.functions.keys().copied().min_by_key(by_distance)?;
+        (last(best) == last(name) || distance(best, name) <= 3).then_some(best)
+    }
+}
+
+/// Levenshtein's distance, on bytes; names are short.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.bytes().enumerate() {
+            let insert_or_delete = row[j].min(row[j + 1]) + 1;
+            diagonal = std::mem::replace(&mut row[j + 1], insert_or_delete.min(diagonal + usize::from(x != y)));
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Copy)]
+    struct Double;
+
+    impl Function for Double {
+        type Args = (i64,);
+        type Output = i64;
+        const NAME: &'static str = "math::double";
+        const SIGNATURE: &'static str = "(i64) -> i64";
+        const INLINE: bool = false;
+        fn handler() -> Handler {
+            Handler::sync(|_, (x,): (i64,)| Ok(2 * x))
+        }
+    }
+
+    #[test]
+    fn nearest_name_is_found_by_spelling_or_by_last_part() {
+        let registry = Registry::empty().with(Double);
+        assert_eq!(registry.nearest("math::duoble"), Some("math::double"));
+        assert_eq!(registry.nearest("other::module::double"), Some("math::double"));
+        assert_eq!(registry.nearest("completely::else"), None);
+    }
+
+    #[test]
+    fn a_name_given_twice_is_an_error_at_join() {
+        let registry = Registry::empty().with(Double).with(Double);
+        assert!(matches!(registry.check(), Err(JoinError::DuplicateFunction { name: "math::double" })));
+    }
+
+    #[test]
+    fn distances_computed_by_hand() {
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("same", "same"), 0);
+    }
+}

