@@ -3,8 +3,10 @@
 //! Question: latency of a small call over TCP loopback beside a raw blocking ping-pong; time of `sink` of 16 and 256 MiB
 //! beside a raw TCP stream into warm memory; page faults per call once warm.
 //! Method: two processes; raw and farcall blocks alternate within one run; medians over blocks, with the lowest and
-//! highest. The raw stream uses the better of the kernel's own and 512 KiB socket buffers. Wall time is for a quiet
-//! machine: read the ratios.
+//! highest. Small calls are measured twice: both processes on one processor, and one on each. Left to the scheduler, either
+//! placement comes about by chance and stays, and the second is many times slower where idle processors halt (virtual
+//! machines), so that a raw socket and a call would be compared in different ones. The raw stream uses the better of the
+//! kernel's own and 512 KiB socket buffers. Wall time is for a quiet machine: read the ratios.
 //! Run: `cargo run --release -p farcall-benches --bin calls`.
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 
@@ -116,6 +118,7 @@ fn raw_sink(mut socket: TcpStream) -> Outcome {
 }
 
 fn serve() -> Outcome {
+    pin("BENCH_SERVER_CPU")?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     std::fs::write(std::env::var("BENCH_PORT_FILE")?, listener.local_addr()?.port().to_string())?;
     // Ping-pong, stream with the kernel's buffers, stream with 512 KiB ones; in this order.
@@ -128,8 +131,7 @@ fn serve() -> Outcome {
         socket.set_nodelay(true)?;
         threads.push(std::thread::spawn(move || if kind == 0 { raw_pong(socket) } else { raw_sink(socket) }));
     }
-    let agent = Agent::join_blocking(Options::from_env()?)?;
-    agent.shutdown_blocking()?;
+    Agent::join_blocking(Options::from_env()?)?.serve_blocking()?;
     for thread in threads {
         thread.join().map_err(|_| "a raw server panicked")??;
     }
@@ -144,10 +146,68 @@ fn set_buffers(socket: &impl std::os::fd::AsFd) -> Outcome {
 
 // ---- this process ----
 
-fn main() -> Outcome {
-    if std::env::args().nth(1).as_deref() == Some("serve") {
-        return serve();
+/// Where the two processes run: which processors, or the scheduler's choice.
+#[derive(Clone, Copy)]
+struct Placement {
+    name: &'static str,
+    client: &'static str,
+    server: &'static str,
+}
+
+const PLACEMENTS: [Placement; 2] = [
+    Placement { name: "one processor each", client: "0", server: "1" },
+    Placement { name: "both on one processor", client: "0", server: "0" },
+];
+
+/// Keeps this thread, and those it starts, on the processor that `variable` names, if it does.
+fn pin(variable: &str) -> Outcome {
+    if let Ok(cpu) = std::env::var(variable) {
+        let mut set = rustix::thread::CpuSet::new();
+        set.set(cpu.parse()?);
+        rustix::thread::sched_setaffinity(None, &set)?;
     }
+    Ok(())
+}
+
+fn main() -> Outcome {
+    match std::env::args().nth(1).as_deref() {
+        Some("serve") => return serve(),
+        Some("small") => {
+            pin("BENCH_CLIENT_CPU")?;
+            return with_server(small_calls);
+        }
+        _ => {}
+    }
+    println!("small call, two processes, TCP loopback; microseconds, median of {SMALL_BLOCKS} blocks of {SMALL_CALLS}");
+    for Placement { name, client, server } in PLACEMENTS {
+        if client != server && std::thread::available_parallelism()?.get() < 2 {
+            println!("{name}: skipped, there is one processor");
+            continue;
+        }
+        println!("{name:<30} {:>8} {:>8} {:>8} {:>7}", "median", "lowest", "highest", "ratio");
+        let status = Command::new(std::env::current_exe()?)
+            .arg("small")
+            .env("BENCH_CLIENT_CPU", client)
+            .env("BENCH_SERVER_CPU", server)
+            .status()?;
+        if !status.success() {
+            return Err(format!("small calls: {status}").into());
+        }
+    }
+    with_server(|agent, raw| {
+        streams(agent, raw)?;
+        page_faults_per_call(agent)
+    })
+}
+
+/// Connections to the raw servers of the other process.
+struct Raw {
+    pong: TcpStream,
+    plain: TcpStream,
+    tuned: TcpStream,
+}
+
+fn with_server(measure: impl FnOnce(&Agent, &mut Raw) -> Outcome) -> Outcome {
     let store = StoreServer::bind("127.0.0.1:0")?;
     let port_file = std::env::temp_dir().join(format!("farcall-bench-{}", std::process::id()));
     let mut server = Command::new(std::env::current_exe()?)
@@ -158,7 +218,11 @@ fn main() -> Outcome {
         .env("BENCH_PORT_FILE", &port_file)
         .stdin(Stdio::null())
         .spawn()?;
-    let measured = measure(&store, &port_file);
+    let measured = join(&store, &port_file).and_then(|(agent, mut raw)| {
+        measure(&agent, &mut raw)?;
+        drop(raw);
+        Ok(agent.shutdown_blocking()?)
+    });
     if measured.is_err() {
         server.kill()?;
     }
@@ -167,7 +231,7 @@ fn main() -> Outcome {
     measured
 }
 
-fn measure(store: &StoreServer, port_file: &std::path::Path) -> Outcome {
+fn join(store: &StoreServer, port_file: &std::path::Path) -> Outcome<(Agent, Raw)> {
     let deadline = Instant::now() + Duration::from_secs(10);
     let port: u16 = loop {
         match std::fs::read_to_string(port_file).ok().and_then(|text| text.parse().ok()) {
@@ -181,25 +245,18 @@ fn measure(store: &StoreServer, port_file: &std::path::Path) -> Outcome {
         socket.set_nodelay(true)?;
         Ok(socket)
     };
-    let mut pong = connect()?;
-    let stream = connect()?;
+    let (pong, plain) = (connect()?, connect()?);
     // The listener's buffers change between the second and the third accept.
     std::thread::sleep(Duration::from_millis(200));
     let tuned = connect()?;
     set_buffers(&tuned)?;
-
     let mut options = Options::new(0, 2, store.address().to_string());
     options.host_store = false;
-    let agent = Agent::join_blocking(options)?;
-    small_calls(&agent, &mut pong)?;
-    streams(&agent, stream, tuned)?;
-    page_faults_per_call(&agent)?;
-    drop(pong);
-    agent.shutdown_blocking()?;
-    Ok(())
+    Ok((Agent::join_blocking(options)?, Raw { pong, plain, tuned }))
 }
 
-fn small_calls(agent: &Agent, pong: &mut TcpStream) -> Outcome {
+fn small_calls(agent: &Agent, raw: &mut Raw) -> Outcome {
+    let pong = &mut raw.pong;
     let to = agent.to("w1");
     let runtime = std::sync::Arc::new(CurrentThread);
     let mut buffer = [0; SMALL_BYTES];
@@ -226,12 +283,10 @@ fn small_calls(agent: &Agent, pong: &mut TcpStream) -> Outcome {
             columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
         }
     }
-    println!("small call, two processes, TCP loopback; microseconds, median of {SMALL_BLOCKS} blocks of {SMALL_CALLS}");
-    println!("{:<30} {:>8} {:>8} {:>8} {:>7}", "", "median", "lowest", "highest", "ratio");
     let base = spread(columns[0].clone()).median;
     for (name, column) in names.iter().zip(columns) {
         let Spread { median, low, high } = spread(column);
-        println!("{name:<30} {median:>8.2} {low:>8.2} {high:>8.2} {:>7.2}", median / base);
+        println!("  {name:<28} {median:>8.2} {low:>8.2} {high:>8.2} {:>7.2}", median / base);
     }
     Ok(())
 }
@@ -267,7 +322,8 @@ fn warm(len: usize) -> Outcome<Tensor> {
     Ok(tensor.freeze_ready())
 }
 
-fn streams(agent: &Agent, mut plain: TcpStream, mut tuned: TcpStream) -> Outcome {
+fn streams(agent: &Agent, raw: &mut Raw) -> Outcome {
+    let Raw { plain, tuned, .. } = raw;
     println!("\nsink of a tensor in a slab, two processes, TCP loopback; median of {STREAM_BLOCKS} blocks");
     println!("{:<30} {:>10} {:>10} {:>10} {:>8} {:>7}", "", "median us", "lowest", "highest", "GB/s", "ratio");
     let mut ack = [0];
@@ -284,11 +340,8 @@ fn streams(agent: &Agent, mut plain: TcpStream, mut tuned: TcpStream) -> Outcome
                     Ok(socket.read_exact(&mut ack)?)
                 })
             };
-            let row = [
-                raw(&mut plain)?,
-                raw(&mut tuned)?,
-                time_us(count, || Ok(used(agent.to("w1").call(sink, (&tensor,)).wait()?)))?,
-            ];
+            let row =
+                [raw(plain)?, raw(tuned)?, time_us(count, || Ok(used(agent.to("w1").call(sink, (&tensor,)).wait()?)))?];
             if block > 0 {
                 columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
             }
@@ -325,8 +378,10 @@ fn page_faults_per_call(agent: &Agent) -> Outcome {
             Ok(((after.0 - before.0) as f64 / calls as f64, (after.1 - before.1) as f64 / calls as f64))
         };
         count(calls)?;
+        let started = Instant::now();
         let (here, there) = count(calls)?;
-        println!("{:<30} {here:>8.3} {there:>8.3}", format!("echo of {name}, {calls} calls"));
+        let rate = (2 * len * calls) as f64 / started.elapsed().as_secs_f64() / 1e9;
+        println!("{:<30} {here:>8.3} {there:>8.3}   {rate:.2} GB/s", format!("echo of {name}, {calls} calls"));
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use farcall_device::Runtime;
 use farcall_device::codec::encode;
-use farcall_transport::{CloseCause, Driver, Endpoint, Peer, Service, WorkerId, WorkerInfo};
+use farcall_transport::{CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, WorkerId, WorkerInfo};
 use tokio::runtime::Handle;
 
 use crate::call::{CallTable, Reply, Slot, lock};
@@ -48,6 +48,7 @@ pub(crate) struct Inner {
     pub(crate) left: AtomicBool,
     /// Calls of this worker to itself.
     local: Mutex<CallTable>,
+    hand_on: Arc<JobCost>,
     routes: OnceLock<Vec<Route>>,
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
     interned: RwLock<HashMap<TypeId, Arc<Interned>>>,
@@ -88,6 +89,7 @@ impl Agent {
             closed: AtomicBool::new(false),
             left: AtomicBool::new(false),
             local: Mutex::default(),
+            hand_on: Arc::default(),
             routes: OnceLock::new(),
             by_name: OnceLock::new(),
             interned: RwLock::default(),
@@ -374,7 +376,9 @@ impl To<'_> {
         let call = lock(&agent.local).insert(Arc::clone(slot));
         agent.driver.schedule(slot.deadline);
         let this = Weak::clone(&agent.this);
-        agent.driver.spawn(Box::new(move |turn| {
+        // It only hands on; what the handler costs is accounted with the handler.
+        let hand_on = Arc::clone(&agent.hand_on);
+        agent.driver.spawn(Job::new(&hand_on, move |turn| {
             run(registered, cx, encoded, turn, move |answer, _| {
                 let Some(slot) = this.upgrade().and_then(|agent| lock(&agent.local).remove(call)) else { return };
                 slot.complete(answer.map_err(|failure| call_error(&slot, failure)));

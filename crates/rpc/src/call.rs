@@ -26,8 +26,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 enum State {
     Waiting(Option<Waker>),
+    /// As `Waiting`, with a thread in [`Slot::park`].
+    Parked,
     Done(Result<Encoded, CallError>),
     Taken,
+}
+
+impl State {
+    fn is_waiting(&self) -> bool {
+        matches!(self, Self::Waiting(_) | Self::Parked)
+    }
 }
 
 /// Where a call's outcome arrives.
@@ -56,13 +64,15 @@ impl Slot {
     /// Sets the outcome, unless there is one (C1), and wakes the waiter.
     pub(crate) fn complete(&self, outcome: Result<Encoded, CallError>) {
         let mut state = lock(&self.state);
-        let State::Waiting(waker) = &mut *state else { return };
-        let waker = waker.take();
-        *state = State::Done(outcome);
+        if !state.is_waiting() {
+            return;
+        }
+        let before = std::mem::replace(&mut *state, State::Done(outcome));
         drop(state);
-        self.parked.notify_all();
-        if let Some(waker) = waker {
-            waker.wake();
+        match before {
+            State::Waiting(Some(waker)) => waker.wake(),
+            State::Parked => self.parked.notify_one(),
+            _ => {}
         }
     }
 
@@ -71,7 +81,7 @@ impl Slot {
     }
 
     fn is_done(&self) -> bool {
-        !matches!(*lock(&self.state), State::Waiting(_))
+        !lock(&self.state).is_waiting()
     }
 
     fn poll(&self, waker: &Waker) -> Poll<Result<Encoded, CallError>> {
@@ -87,14 +97,15 @@ impl Slot {
                 State::Done(outcome) => Poll::Ready(outcome),
                 _ => unreachable!("matched above"),
             },
-            State::Taken => unreachable!("a reply polled after it resolved"),
+            State::Parked | State::Taken => unreachable!("a reply has one waiter, and resolves once"),
         }
     }
 
     /// Sleeps until the outcome is there, at most until the deadline.
     fn park(&self) -> Result<Encoded, CallError> {
         let mut state = lock(&self.state);
-        while let State::Waiting(_) = &*state {
+        while state.is_waiting() {
+            *state = State::Parked;
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 *state = State::Taken;

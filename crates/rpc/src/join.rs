@@ -23,6 +23,8 @@ use crate::error::JoinError;
 const DRAIN_TICK: Duration = Duration::from_millis(2);
 /// How long threads may take to end after everything was closed.
 const STOP_WAIT: Duration = Duration::from_secs(2);
+/// How long one wait of a serving worker lasts.
+const SERVE_WAIT: Duration = Duration::from_secs(600);
 
 /// How a worker joins its group. [`Options::from_env`] reads what a launcher such as `farcall run` set.
 #[derive(Clone, Debug)]
@@ -236,17 +238,47 @@ impl Agent {
     /// # Errors
     /// As [`Agent::shutdown`].
     pub fn shutdown_blocking(&self) -> Result<(), JoinError> {
+        let within = self.inner().group.get().map_or(Duration::ZERO, |group| group.shutdown_timeout);
+        self.leave(Some(Instant::now() + within))
+    }
+
+    /// Serves the others for as long as they need it, then leaves: [`Agent::shutdown`] without a limit of time.
+    ///
+    /// It ends when each of the others has begun to leave or is gone.
+    ///
+    /// # Errors
+    /// As [`Agent::shutdown`], but for the deadline.
+    pub async fn serve(&self) -> Result<(), JoinError> {
+        let agent = self.clone();
+        on_thread("farcall-serve", move || agent.serve_blocking()).await?
+    }
+
+    /// [`Agent::serve`] for threads that may block.
+    ///
+    /// # Errors
+    /// As [`Agent::serve`].
+    pub fn serve_blocking(&self) -> Result<(), JoinError> {
+        self.leave(None)
+    }
+
+    fn leave(&self, deadline: Option<Instant>) -> Result<(), JoinError> {
         let inner = self.inner();
         let Some(group) = inner.group.get() else { return Ok(()) };
         if inner.left.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        let deadline = Instant::now() + group.shutdown_timeout;
-        while self.in_flight() > 0 && Instant::now() < deadline {
+        let in_time = || deadline.is_none_or(|deadline| Instant::now() < deadline);
+        while self.in_flight() > 0 && in_time() {
             std::thread::sleep(DRAIN_TICK);
         }
         let rank = self.worker().rank;
-        let met = group.meet("done", rank, deadline);
+        let met = loop {
+            // A store bounds each wait; who serves without a limit asks again.
+            match group.meet("done", rank, deadline.unwrap_or_else(|| Instant::now() + SERVE_WAIT)) {
+                Err(StoreError::Missing { .. }) if deadline.is_none() => {}
+                met => break met,
+            }
+        };
         inner.stop(STOP_WAIT);
         // Who hosts the store keeps it until the others know that all are done.
         let hosts = group.server.lock().is_ok_and(|server| server.is_some());

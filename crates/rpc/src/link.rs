@@ -1,11 +1,14 @@
 //! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
 
 use std::sync::{Arc, Mutex, Weak};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use farcall_device::Encoded;
 use farcall_transport::frame::Kind;
-use farcall_transport::{CloseCause, Endpoint, Frame, Outbound, Peer, ProtocolError, TransferError, Turn, WorkerId};
+use farcall_transport::{
+    CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, TransferError, Turn, WorkerId,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, Inner, Interned};
@@ -178,23 +181,26 @@ where
             let answer = handler(&cx, encoded);
             reply(answer, Some(turn));
         }
-        HandlerKind::Sync(_) => turn.spawn(Box::new(move |turn| {
+        HandlerKind::Sync(_) => turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
             let HandlerKind::Sync(handler) = &registered.handler.0 else { unreachable!("matched above") };
             let answer = handler(&cx, encoded);
             reply(answer, Some(turn));
         })),
-        HandlerKind::Future(_) => turn.spawn(Box::new(move |_| {
+        HandlerKind::Future(_) => turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
             let HandlerKind::Future(handler) = &registered.handler.0 else { unreachable!("matched above") };
-            match cx.agent().clone().async_runtime() {
-                Ok(runtime) => {
-                    let future = {
-                        // The handler's first statements may use the runtime, too.
-                        let _entered = runtime.enter();
-                        handler(cx, encoded)
-                    };
-                    drop(runtime.spawn(async move { reply(future.await, None) }));
-                }
-                Err(message) => reply(Err(Failure::Panicked { message }), None),
+            let runtime = match cx.agent().async_runtime() {
+                Ok(runtime) => runtime,
+                Err(message) => return reply(Err(Failure::Panicked { message }), Some(turn)),
+            };
+            // The handler's first statements may use the runtime, too.
+            let entered = runtime.enter();
+            let mut future = handler(cx, encoded);
+            // Many a handler never waits: it needs no task. Polled again by its task, it registers the right waker.
+            let first = future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            drop(entered);
+            match first {
+                Poll::Ready(answer) => reply(answer, Some(turn)),
+                Poll::Pending => drop(runtime.spawn(async move { reply(future.await, None) })),
             }
         })),
     }

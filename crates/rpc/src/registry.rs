@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
+use farcall_transport::JobCost;
+
 use crate::error::JoinError;
 use crate::function::{Function, Handler};
 
@@ -29,6 +31,7 @@ pub(crate) struct Registered {
     pub(crate) signature: &'static str,
     pub(crate) inline: bool,
     pub(crate) handler: Handler,
+    pub(crate) cost: Arc<JobCost>,
 }
 
 /// The functions an agent serves.
@@ -66,7 +69,13 @@ impl Registry {
         match self.functions.entry(name) {
             Entry::Occupied(_) => self.duplicate = Some(name),
             Entry::Vacant(entry) => {
-                entry.insert(Arc::new(Registered { name, signature, inline, handler: handler() }));
+                entry.insert(Arc::new(Registered {
+                    name,
+                    signature,
+                    inline,
+                    handler: handler(),
+                    cost: Arc::default(),
+                }));
             }
         }
         self

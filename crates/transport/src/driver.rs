@@ -1,12 +1,12 @@
 //! One per agent: watches the sockets, accepts and dials, keeps time, and runs handlers.
 //!
-//! A small pool of threads shares one epoll set. One of them leads: it waits for events, reads frames and, as no hand-
-//! over is faster than none, runs the jobs they bring itself. A watchdog armed before the first job takes the role away
-//! when a job lasts longer than [`HANDOVER`]: an idle thread, or a new one, leads from then on, and the busy thread
-//! goes on as a plain worker. So a short handler costs no thread switch, a long one delays others by microseconds, and
-//! heartbeats and replies depend on no handler.
-//! Invariant D1: see `endpoint`. Invariant D2: a thread in a job holds the leading role for at most [`HANDOVER`] plus the
-//! watchdog's wake-up.
+//! A small pool of threads shares one epoll set. One of them leads: it waits for events, reads frames and, as no
+//! hand-over is faster than none, runs short jobs itself. A job is short while its [`JobCost`] says so: it was so when it
+//! ran last. Before any other job the leader passes its role on, to an idle thread or a new one. Should a short job turn
+//! out long, the watchdog takes the role away within two ticks. So a short handler costs no thread switch, a long one
+//! does not delay others, and heartbeats and replies depend on no handler.
+//! (A timer armed for each job would bound this more tightly, but costs 10 µs on a virtual machine.)
+//! Invariant D1: see `endpoint`. Invariant D2: a thread in a job leads for at most two [`WATCH_TICK`]s.
 //! Invariant BOUNDED: dialing, greeting and draining have deadlines, checked by the leader.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -14,7 +14,7 @@ use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,8 +32,14 @@ use crate::frame::{HEADER_BYTES, Header, Kind};
 use crate::tcp::{self, Progress};
 use crate::{CloseCause, Frame, Limits, ProtocolError, TransferError, WorkerInfo};
 
-/// How long a job may keep the leading role.
-const HANDOVER: Duration = Duration::from_micros(200);
+/// How often the watchdog looks at a leader that runs jobs.
+const WATCH_TICK: Duration = Duration::from_millis(1);
+/// Ticks without a job after which the watchdog sleeps.
+const WATCH_IDLE_TICKS: u32 = 20;
+/// A job up to this long is short: a switch of threads would cost about as much.
+const SHORT: Duration = Duration::from_micros(50);
+/// Short runs in a row after a long one until a job counts as short again.
+const PROBATION: u8 = 4;
 /// How long replies of one batch may wait for each other.
 const FLUSH_AFTER: Duration = Duration::from_micros(20);
 /// How long a thread without work stays.
@@ -49,8 +55,56 @@ const ACCEPTS: usize = 64;
 /// Connections that may be in their greeting at once.
 const GREETINGS_MAX: usize = 1024;
 
-/// Work for the pool: usually a handler with its decoded call.
-pub type Job = Box<dyn FnOnce(&mut Turn) + Send>;
+/// Work for the pool: usually a handler with its call.
+pub struct Job {
+    run: Box<dyn FnOnce(&mut Turn) + Send>,
+    cost: Arc<JobCost>,
+}
+
+impl Job {
+    /// A job of the kind that `cost` keeps account of.
+    pub fn new(cost: &Arc<JobCost>, run: impl FnOnce(&mut Turn) + Send + 'static) -> Self {
+        Self { run: Box::new(run), cost: Arc::clone(cost) }
+    }
+
+    /// Whatever the job does, the thread and its role survive. Handlers' panics are caught, and reported to their callers,
+    /// before they get here.
+    fn run(self, turn: &mut Turn) {
+        let started = Instant::now();
+        if catch_unwind(AssertUnwindSafe(|| (self.run)(turn))).is_err() {
+            tracing::error!("a job of the driver panicked");
+        }
+        self.cost.record(started.elapsed());
+    }
+}
+
+/// What jobs of one kind, such as the calls of one function, have cost lately: short enough for the leader, or not.
+#[derive(Debug)]
+pub struct JobCost {
+    /// Short runs still to come before the kind counts as short. A race of two updates loses one of them: harmless.
+    probation: AtomicU8,
+}
+
+impl Default for JobCost {
+    /// Unknown: the first run decides.
+    fn default() -> Self {
+        Self { probation: AtomicU8::new(1) }
+    }
+}
+
+impl JobCost {
+    fn is_short(&self) -> bool {
+        self.probation.load(Ordering::Relaxed) == 0
+    }
+
+    fn record(&self, took: Duration) {
+        let left = self.probation.load(Ordering::Relaxed);
+        let next = if took > SHORT { PROBATION } else { left.saturating_sub(1) };
+        if next != left {
+            self.probation.store(next, Ordering::Relaxed);
+        }
+    }
+}
 
 /// What one thread has gathered to do before it sleeps again.
 #[derive(Default)]
@@ -200,6 +254,10 @@ pub struct Driver {
     term: AtomicU64,
     /// The number of the leader that is in a job; 0 while none is.
     busy_term: AtomicU64,
+    /// Jobs that leaders have begun.
+    jobs_begun: AtomicU64,
+    /// The watchdog ticks.
+    watching: AtomicBool,
     started: Instant,
     /// Microseconds after `started` at which deadlines must be looked at.
     next_timer_us: AtomicU64,
@@ -248,6 +306,8 @@ impl Driver {
             ended: Condvar::new(),
             term: AtomicU64::new(0),
             busy_term: AtomicU64::new(0),
+            jobs_begun: AtomicU64::new(0),
+            watching: AtomicBool::new(false),
             started: Instant::now(),
             next_timer_us: AtomicU64::new(u64::MAX),
             sleeping_until_us: AtomicU64::new(0),
@@ -289,7 +349,7 @@ impl Driver {
         lock(&self.pool).stop = true;
         self.work.notify_all();
         self.wake_leader();
-        self.arm_watchdog();
+        self.tick_watchdog(WATCH_TICK);
         let deadline = Instant::now() + timeout;
         let mut pool = lock(&self.pool);
         let others = usize::from(pool.threads.contains(&thread::current().id()));
@@ -361,7 +421,7 @@ impl Driver {
                 pool = lock(&self.pool);
             } else if let Some(job) = pool.jobs.pop_front() {
                 drop(pool);
-                run(job, &mut turn);
+                job.run(&mut turn);
                 self.finish_turn(&mut turn);
                 pool = lock(&self.pool);
             } else {
@@ -458,25 +518,52 @@ impl Driver {
         Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) })
     }
 
+    /// Runs jobs until none is left or the role is: given away before a long one, or taken by the watchdog.
     fn run_jobs_as_leader(self: &Arc<Self>, term: u64, turn: &mut Turn) {
-        self.busy_term.store(term, Ordering::SeqCst);
-        self.arm_watchdog();
         let mut waiting_since = None;
         while self.leads(term) {
             let Some(job) = lock(&self.pool).jobs.pop_front() else { break };
-            run(job, turn);
+            let short = job.cost.is_short();
+            if short {
+                self.jobs_begun.fetch_add(1, Ordering::SeqCst);
+                self.busy_term.store(term, Ordering::SeqCst);
+                if !self.watching.load(Ordering::SeqCst) {
+                    self.watching.store(true, Ordering::SeqCst);
+                    self.tick_watchdog(WATCH_TICK);
+                }
+            } else {
+                self.flush_all();
+                self.pass_role(&mut lock(&self.pool), term);
+            }
+            job.run(turn);
+            // Fails when the role was taken away: then it speaks of another leader.
+            let _ = self.busy_term.compare_exchange(term, 0, Ordering::SeqCst, Ordering::SeqCst);
             if !turn.dirty.is_empty() {
                 lock(&self.unflushed).append(&mut turn.dirty);
                 waiting_since.get_or_insert_with(Instant::now);
             }
-            if waiting_since.is_some_and(|since| since.elapsed() > FLUSH_AFTER) {
+            if !short || waiting_since.is_some_and(|since| since.elapsed() > FLUSH_AFTER) {
                 self.flush_all();
                 waiting_since = None;
             }
         }
-        // Fails when the role was taken away: then it speaks of another leader.
-        let _ = self.busy_term.compare_exchange(term, 0, Ordering::SeqCst, Ordering::SeqCst);
         self.flush_all();
+    }
+
+    /// Makes another thread lead, if `term` is still the leader's.
+    fn pass_role(self: &Arc<Self>, pool: &mut Pool, term: u64) {
+        if !self.leads(term) || pool.stop {
+            return;
+        }
+        if pool.idle == 0
+            && let Err(error) = self.spawn_thread(pool)
+        {
+            tracing::error!(%error, "no thread to lead while a handler runs");
+            return;
+        }
+        pool.led = false;
+        self.term.fetch_add(1, Ordering::SeqCst);
+        self.work.notify_one();
     }
 
     fn flush_all(&self) {
@@ -497,18 +584,18 @@ impl Driver {
         }
     }
 
-    fn arm_watchdog(&self) {
-        let once = Itimerspec {
-            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
-            it_value: Timespec { tv_sec: 0, tv_nsec: HANDOVER.as_nanos() as i64 },
-        };
-        if let Err(error) = timerfd_settime(&self.watchdog, TimerfdTimerFlags::empty(), &once) {
+    /// Makes the watchdog look every `period`; zero for never.
+    fn tick_watchdog(&self, period: Duration) {
+        let period = Timespec { tv_sec: 0, tv_nsec: period.as_nanos() as i64 };
+        let timer = Itimerspec { it_interval: period, it_value: period };
+        if let Err(error) = timerfd_settime(&self.watchdog, TimerfdTimerFlags::empty(), &timer) {
             tracing::error!(%error, "timerfd_settime");
         }
     }
 
-    /// The watchdog's thread: takes the leading role from a thread that is busy in a job.
+    /// The watchdog's thread: takes the leading role from a thread whose job has lasted a tick.
     fn watch(self: &Arc<Self>) {
+        let (mut seen, mut idle_ticks) = (0, 0);
         loop {
             match rustix::io::read(&self.watchdog, &mut [0_u8; 8]) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -521,21 +608,26 @@ impl Driver {
             if pool.stop {
                 return self.end_thread(pool);
             }
-            let term = self.term.load(Ordering::SeqCst);
-            if self.busy_term.load(Ordering::SeqCst) != term || !pool.led {
-                continue;
+            let begun = self.jobs_begun.load(Ordering::SeqCst);
+            let busy_term = self.busy_term.load(Ordering::SeqCst);
+            if begun != seen {
+                (seen, idle_ticks) = (begun, 0);
+            } else if busy_term != 0 {
+                self.pass_role(&mut pool, busy_term);
+            } else {
+                idle_ticks += 1;
             }
-            if pool.idle == 0 {
-                if let Err(error) = self.spawn_thread(&mut pool) {
-                    tracing::error!(%error, "no thread to take over from a busy handler");
-                    self.arm_watchdog();
-                    continue;
+            drop(pool);
+            if idle_ticks >= WATCH_IDLE_TICKS {
+                idle_ticks = 0;
+                self.tick_watchdog(Duration::ZERO);
+                self.watching.store(false, Ordering::SeqCst);
+                if self.jobs_begun.load(Ordering::SeqCst) != seen {
+                    // A leader began a job and still saw the watchdog tick.
+                    self.watching.store(true, Ordering::SeqCst);
+                    self.tick_watchdog(WATCH_TICK);
                 }
             }
-            pool.led = false;
-            self.term.fetch_add(1, Ordering::SeqCst);
-            drop(pool);
-            self.work.notify_one();
         }
     }
 
@@ -777,14 +869,6 @@ impl Driver {
     /// Descriptors and connections in use, for tests and tools.
     pub fn connections(&self) -> usize {
         lock(&self.sources).len()
-    }
-}
-
-/// Runs a job; whatever it does, the thread and its role survive. Handlers' panics are caught, and reported to their
-/// callers, before they get here.
-fn run(job: Job, turn: &mut Turn) {
-    if catch_unwind(AssertUnwindSafe(|| job(turn))).is_err() {
-        tracing::error!("a job of the driver panicked");
     }
 }
 

@@ -753,7 +753,8 @@ impl Endpoint {
 
     /// Drives this endpoint from a thread that blocks for something it brings, until `done` or `deadline`.
     ///
-    /// Gives `false` at once when another thread reads it; then the caller parks, and is woken by that thread.
+    /// Gives `false` when another thread must bring it: one that reads this endpoint already, or the leader, which reads the
+    /// bulk connection. Then the caller parks, and is woken by that thread.
     /// # Cost
     /// Two changes of the epoll set, and one `recv` per batch of frames.
     pub fn drive_until(self: &Arc<Self>, done: &dyn Fn() -> bool, deadline: Instant) -> bool {
@@ -764,7 +765,8 @@ impl Endpoint {
         self.control.want(&self.driver, EventFlags::IN, false);
         let mut turn = Turn::default();
         let mut failed = None;
-        while !done() && self.cause.get().is_none() {
+        // What a bulk connection completes, the driver's leader reads: no reason to sleep here then.
+        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -787,7 +789,7 @@ impl Endpoint {
             None => self.control.want(&self.driver, EventFlags::IN, true),
         }
         self.driver.finish_turn(&mut turn);
-        true
+        done()
     }
 
     /// Waits less than a tick for the control connection to become readable.

@@ -21,7 +21,7 @@ mod store;
 mod tcp;
 
 pub use address::{Limits, WorkerId, WorkerInfo};
-pub use driver::{Driver, DriverConfig, Job, Peer, Service, Turn};
+pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound};
 pub use error::{CloseCause, ProtocolError, TransferError};
 pub use receive::Frame;

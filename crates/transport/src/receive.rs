@@ -270,6 +270,11 @@ pub(crate) struct Transfers {
 }
 
 impl Transfers {
+    /// No frame waits for bulk payload.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.partials.is_empty()
+    }
+
     /// Keeps `partial` until its chunks are in.
     pub(crate) fn park(&mut self, mut partial: Partial) -> Result<(), ProtocolError> {
         let id = self.next_partial;
