@@ -83,8 +83,9 @@ fn spread(mut values: Vec<f64>) -> Spread {
 }
 
 /// Keeps the optimiser from dropping what computed `value`.
-fn used<T>(value: T) {
+fn used<T>(value: T) -> Outcome {
     black_box(value);
+    Ok(())
 }
 
 /// Microseconds of one of `count` runs.
@@ -274,10 +275,10 @@ fn small_calls(agent: &Agent, raw: &mut Raw) -> Outcome {
                 pong.write_all(&buffer)?;
                 Ok(pong.read_exact(&mut buffer)?)
             })?,
-            time_us(SMALL_CALLS, || Ok(used(to.call(next, (7,)).wait()?)))?,
-            time_us(SMALL_CALLS, || Ok(used(to.call(next_inline, (7,)).wait()?)))?,
-            time_us(SMALL_CALLS, || Ok(used(to.call(next_async, (7,)).wait()?)))?,
-            time_us(SMALL_CALLS, || Ok(used(runtime.block_on(to.call(next, (7,)).into_future())?)))?,
+            time_us(SMALL_CALLS, || used(to.call(next, (7,)).wait()?))?,
+            time_us(SMALL_CALLS, || used(to.call(next_inline, (7,)).wait()?))?,
+            time_us(SMALL_CALLS, || used(to.call(next_async, (7,)).wait()?))?,
+            time_us(SMALL_CALLS, || used(runtime.block_on(to.call(next, (7,)).into_future())?))?,
         ];
         if block > 0 {
             columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
@@ -341,7 +342,7 @@ fn streams(agent: &Agent, raw: &mut Raw) -> Outcome {
                 })
             };
             let row =
-                [raw(plain)?, raw(tuned)?, time_us(count, || Ok(used(agent.to("w1").call(sink, (&tensor,)).wait()?)))?];
+                [raw(plain)?, raw(tuned)?, time_us(count, || used(agent.to("w1").call(sink, (&tensor,)).wait()?))?];
             if block > 0 {
                 columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
             }
@@ -372,7 +373,7 @@ fn page_faults_per_call(agent: &Agent) -> Outcome {
         let count = |calls: usize| -> Outcome<(f64, f64)> {
             let before = (page_faults()?, to.call(faults, ()).wait()?);
             for _ in 0..calls {
-                used(to.call(echo, (&tensor,)).wait()?);
+                used(to.call(echo, (&tensor,)).wait()?)?;
             }
             let after = (page_faults()?, to.call(faults, ()).wait()?);
             Ok(((after.0 - before.0) as f64 / calls as f64, (after.1 - before.1) as f64 / calls as f64))

@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use farcall_device::codec::decode;
-use farcall_device::{DeviceFuture, Encoded, Event, Storages, Stream};
+use farcall_device::{DeviceFuture, Encoded, EventReady, Storages, Stream};
 use farcall_transport::Endpoint;
 use serde::de::DeserializeOwned;
 
@@ -281,7 +281,8 @@ pub struct ReplyFuture<T> {
 
 enum ReadyState {
     Call,
-    Storages(Encoded, usize, Option<Pin<Box<dyn Future<Output = Result<(), farcall_device::DeviceError>> + Send>>>),
+    /// The reply, the next of its tensors to look at, and the event of the one before.
+    Storages(Encoded, usize, Option<EventReady>),
 }
 
 impl<T: DeserializeOwned> IntoFuture for Reply<T> {
@@ -308,7 +309,7 @@ impl<T: DeserializeOwned> Future for ReplyFuture<T> {
                 },
                 ReadyState::Storages(encoded, next, waiting) => {
                     if let Some(event) = waiting {
-                        match event.as_mut().poll(cx) {
+                        match Pin::new(event).poll(cx) {
                             Poll::Pending => return Poll::Pending,
                             Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
                             Poll::Ready(Ok(())) => *waiting = None,
@@ -318,9 +319,9 @@ impl<T: DeserializeOwned> Future for ReplyFuture<T> {
                         return Poll::Ready(this.reply.read(encoded));
                     };
                     *next += 1;
-                    let event: &Event = tensor.storage().ready_event();
+                    let event = tensor.storage().ready_event();
                     if !event.query()? {
-                        *waiting = Some(Box::pin(event.clone().host_ready()));
+                        *waiting = Some(event.host_ready());
                     }
                 }
             }
@@ -366,7 +367,9 @@ mod tests {
     fn overdue_calls_are_taken_and_the_next_deadline_is_known() {
         let mut table = CallTable::default();
         let slots: Vec<_> = [3_u64, 1, 2].map(|secs| slot(Duration::from_secs(secs))).into();
-        slots.iter().for_each(|slot| drop(table.insert(Arc::clone(slot))));
+        for slot in &slots {
+            table.insert(Arc::clone(slot));
+        }
         let (overdue, next) = table.take_overdue(slots[1].deadline);
         assert!(overdue.len() == 1 && Arc::ptr_eq(&overdue[0], &slots[1]));
         assert_eq!(next, Some(slots[2].deadline));

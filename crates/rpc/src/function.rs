@@ -75,9 +75,12 @@ pub(crate) type AnswerFuture = Pin<Box<dyn Future<Output = Answer> + Send>>;
 /// A function's code, its types erased: encoded arguments in, an encoded value or a failure out. Never unwinds.
 pub struct Handler(pub(crate) HandlerKind);
 
+type SyncHandler = dyn Fn(&Call, Encoded) -> Answer + Send + Sync;
+type FutureHandler = dyn Fn(Call, Encoded) -> AnswerFuture + Send + Sync;
+
 pub(crate) enum HandlerKind {
-    Sync(Box<dyn Fn(&Call, Encoded) -> Answer + Send + Sync>),
-    Future(Box<dyn Fn(Call, Encoded) -> AnswerFuture + Send + Sync>),
+    Sync(Box<SyncHandler>),
+    Future(Box<FutureHandler>),
 }
 
 impl Handler {
