@@ -18,6 +18,7 @@ use farcall_transport::Endpoint;
 use serde::de::DeserializeOwned;
 
 use crate::error::Stage;
+use crate::link::stage;
 use crate::{CallError, CallId};
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -102,14 +103,14 @@ impl Slot {
     }
 
     /// Sleeps until the outcome is there, at most until the deadline.
-    fn park(&self) -> Result<Encoded, CallError> {
+    fn park(&self, stage: impl Fn() -> Stage) -> Result<Encoded, CallError> {
         let mut state = lock(&self.state);
         while state.is_waiting() {
             *state = State::Parked;
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 *state = State::Taken;
-                return Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage: Stage::Waiting });
+                return Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage: stage() });
             }
             state = match self.parked.wait_timeout(state, left) {
                 Ok((state, _)) => state,
@@ -230,7 +231,7 @@ impl<T: DeserializeOwned> Reply<T> {
         if let Some(endpoint) = &self.endpoint {
             endpoint.drive_until(&|| self.slot.is_done(), self.slot.deadline);
         }
-        self.slot.park()
+        self.slot.park(|| self.endpoint.as_ref().map_or(Stage::Waiting, |endpoint| stage(endpoint)))
     }
 
     /// The value as soon as it can be ordered on `stream`: that stream waits for its storages, no thread does.
@@ -347,7 +348,7 @@ mod tests {
         let slot = slot(Duration::from_secs(5));
         slot.expire(Stage::Waiting);
         slot.complete(Ok(empty()));
-        assert!(matches!(slot.park(), Err(CallError::Deadline { .. })));
+        assert!(matches!(slot.park(|| Stage::Waiting), Err(CallError::Deadline { .. })));
     }
 
     #[test]
@@ -378,6 +379,6 @@ mod tests {
 
     #[test]
     fn waiting_is_bounded_by_the_deadline() {
-        assert!(matches!(slot(Duration::ZERO).park(), Err(CallError::Deadline { .. })));
+        assert!(matches!(slot(Duration::ZERO).park(|| Stage::Waiting), Err(CallError::Deadline { .. })));
     }
 }

@@ -270,8 +270,12 @@ pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
 }
 
 fn lost(call: &CallId, endpoint: &Endpoint, cause: &Arc<CloseCause>) -> CallError {
-    let stage = if endpoint.remote().is_some() { Stage::Waiting } else { Stage::Connecting };
-    CallError::PeerLost { call: call.clone(), stage, cause: Arc::clone(cause) }
+    CallError::PeerLost { call: call.clone(), stage: stage(endpoint), cause: Arc::clone(cause) }
+}
+
+/// How far calls on `endpoint` can have come.
+pub(crate) fn stage(endpoint: &Endpoint) -> Stage {
+    if endpoint.remote().is_some() { Stage::Waiting } else { Stage::Connecting }
 }
 
 impl Peer for Link {
@@ -299,10 +303,10 @@ impl Peer for Link {
         }
     }
 
-    fn on_timer(&self, now: Instant) -> Option<Instant> {
+    fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant> {
         let (overdue, next) = lock(&self.calls).take_overdue(now);
         for slot in overdue {
-            slot.expire(Stage::Waiting);
+            slot.expire(stage(endpoint));
         }
         next
     }

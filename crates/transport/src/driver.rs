@@ -52,6 +52,8 @@ const FIRST_TOKEN: u64 = 2;
 const EVENTS: usize = 64;
 /// Accepted per event, so that a flood of dialers does not starve the connected.
 const ACCEPTS: usize = 64;
+/// How long accepting pauses when it fails.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that may be in their greeting at once.
 const GREETINGS_MAX: usize = 1024;
 
@@ -150,7 +152,7 @@ pub trait Peer: Send + Sync + 'static {
     /// The endpoint closed. Called once.
     fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>);
     /// Fails what is overdue; gives the next deadline.
-    fn on_timer(&self, now: Instant) -> Option<Instant>;
+    fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant>;
 }
 
 /// How a [`Driver`] is set up.
@@ -189,6 +191,10 @@ struct RegistrationInner {
 }
 
 impl Registration {
+    fn new(token: u64, socket: Socket) -> Self {
+        Self(Arc::new(RegistrationInner { token, socket, interest: Mutex::new(EventFlags::empty()) }))
+    }
+
     pub(crate) fn socket(&self) -> &Socket {
         &self.0.socket
     }
@@ -239,7 +245,9 @@ pub struct Driver {
     epoll: OwnedFd,
     wake: OwnedFd,
     watchdog: OwnedFd,
-    listener: Socket,
+    listener: Registration,
+    /// No descriptors were left: no accepting until then.
+    accept_paused_until: Mutex<Option<Instant>>,
     service: Mutex<Option<Arc<dyn Service>>>,
     sources: Mutex<HashMap<u64, Source>>,
     /// Endpoints with replies that wait for company. Shared, so that who takes the leading role from a busy thread sends
@@ -295,7 +303,8 @@ impl Driver {
             epoll,
             wake,
             watchdog,
-            listener,
+            listener: Registration::new(LISTENER, listener),
+            accept_paused_until: Mutex::new(None),
             service: Mutex::new(None),
             sources: Mutex::default(),
             unflushed: Mutex::default(),
@@ -320,7 +329,8 @@ impl Driver {
     /// No thread could be started.
     pub fn start(self: &Arc<Self>, service: Arc<dyn Service>) -> Result<(), TransferError> {
         *lock(&self.service) = Some(service);
-        epoll::add(&self.epoll, &self.listener, EventData::new_u64(LISTENER), EventFlags::IN)
+        *lock(&self.listener.0.interest) = EventFlags::IN;
+        epoll::add(&self.epoll, self.listener.socket(), EventData::new_u64(LISTENER), EventFlags::IN)
             .map_err(|errno| TransferError::os("epoll_ctl")(errno.into()))?;
         let mut pool = lock(&self.pool);
         self.spawn_thread(&mut pool).map_err(TransferError::os("thread spawn"))?;
@@ -365,6 +375,12 @@ impl Driver {
             };
         }
         drop(pool);
+        // Accepted or dialed while the threads ended.
+        for source in std::mem::take(&mut *lock(&self.sources)).into_values() {
+            if let Source::Control(endpoint) = source {
+                endpoint.close(CloseCause::LocalShutdown);
+            }
+        }
         lock(&self.sources).clear();
         lock(&self.pool).jobs.clear();
         *lock(&self.service) = None;
@@ -634,8 +650,7 @@ impl Driver {
     // ---- sources ----
 
     pub(crate) fn register(&self, socket: Socket) -> Registration {
-        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
-        Registration(Arc::new(RegistrationInner { token, socket, interest: Mutex::new(EventFlags::empty()) }))
+        Registration::new(self.next_token.fetch_add(1, Ordering::Relaxed), socket)
     }
 
     fn add(&self, registration: &Registration, flags: EventFlags, source: Source) -> Result<(), TransferError> {
@@ -698,6 +713,15 @@ impl Driver {
     fn run_timers(self: &Arc<Self>) {
         self.next_timer_us.store(u64::MAX, Ordering::SeqCst);
         let now = Instant::now();
+        let paused = lock(&self.accept_paused_until).take();
+        match paused {
+            Some(until) if until > now => {
+                *lock(&self.accept_paused_until) = Some(until);
+                self.next_timer_us.fetch_min(self.micros(until), Ordering::SeqCst);
+            }
+            Some(_) => self.listener.want(self, EventFlags::IN, true),
+            None => {}
+        }
         let service = lock(&self.service).clone();
         if let Some(next) = service.and_then(|service| service.on_timer(now)) {
             self.next_timer_us.fetch_min(self.micros(next), Ordering::SeqCst);
@@ -730,12 +754,17 @@ impl Driver {
 
     fn accept(self: &Arc<Self>) {
         for _ in 0..ACCEPTS {
-            let socket = match self.listener.accept() {
+            let socket = match self.listener.socket().accept() {
                 Ok((socket, _)) => socket,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
                 Err(error) => {
-                    // Out of descriptors: the dialer waits or gives up, and the connected go on.
-                    tracing::warn!(%error, "accept");
+                    // Out of descriptors or memory: the dialers wait, the connected go on.
+                    tracing::warn!(%error, "accept; trying again in {ACCEPT_PAUSE:?}");
+                    let until = Instant::now() + ACCEPT_PAUSE;
+                    *lock(&self.accept_paused_until) = Some(until);
+                    self.listener.want(self, EventFlags::IN, false);
+                    self.schedule(until);
                     return;
                 }
             };

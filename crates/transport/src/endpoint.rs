@@ -456,6 +456,11 @@ impl Endpoint {
     pub(crate) fn attach_bulk(self: &Arc<Self>, socket: Socket) -> Result<(), TransferError> {
         let registration = self.driver.register(socket);
         let mut bulk = lock(&self.bulk);
+        if matches!(bulk.link, BulkLink::Connecting(_) | BulkLink::Open(_)) || self.cause.get().is_some() {
+            // One bulk connection per endpoint; the second one's socket is dropped here.
+            tracing::warn!(peer = ?self.peer_id(), "refused a second bulk connection");
+            return Ok(());
+        }
         self.driver.add_bulk(self, &registration, EventFlags::IN)?;
         bulk.link = BulkLink::Open(registration);
         drop(bulk);
@@ -743,7 +748,10 @@ impl Endpoint {
         let mut tx = lock(&self.tx);
         let mut bulk = lock(&self.bulk);
         bulk.key = welcome.bulk_key;
-        self.status.store(Status::Open as u8, Ordering::Release);
+        let (from, to) = (Status::Greeting as u8, Status::Open as u8);
+        if self.status.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return Ok(()); // closed meanwhile
+        }
         if !bulk.queue.is_empty() {
             self.dial_bulk(&mut bulk);
         }
@@ -831,7 +839,7 @@ impl Endpoint {
             self.close(ProtocolError::Stalled { what, timeout: STALL_MAX }.into());
             return None;
         }
-        if let Some(due) = self.peer.get().and_then(|peer| peer.on_timer(now)) {
+        if let Some(due) = self.peer.get().and_then(|peer| peer.on_timer(self, now)) {
             check(due);
         }
         next

@@ -132,6 +132,9 @@ pub enum StoreError {
     /// The server could not listen.
     #[error("cannot host the store at {address} ({source}); choose a free port of an address of this machine")]
     Bind { address: String, source: io::Error },
+    /// A bind beyond loopback, where anyone could read and write the store.
+    #[error("refusing to host the store at {address}: other hosts are not authenticated yet; use 127.0.0.1 or [::1]")]
+    NotLoopback { address: String },
     /// Nothing answered until the deadline.
     #[error(
         "no store answers at {address} after {waited_ms} ms ({source}); start the worker that hosts it (rank 0), then \

@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -40,10 +40,10 @@ pub struct StoreServer {
 }
 
 impl StoreServer {
-    /// Hosts a store at `address` ("0.0.0.0:29500"; port 0 takes a free one) with the default limits.
+    /// Hosts a store at `address` ("127.0.0.1:29500"; port 0 takes a free one) with the default limits.
     ///
     /// # Errors
-    /// [`StoreError::Bind`].
+    /// [`StoreError::Bind`], and [`StoreError::NotLoopback`] for addresses that other hosts can reach.
     pub fn bind(address: &str) -> Result<Self, StoreError> {
         Self::bind_with(address, StoreLimits::default())
     }
@@ -51,9 +51,14 @@ impl StoreServer {
     /// Hosts a store with these limits. A message holds 4 MiB at most, whatever they say.
     ///
     /// # Errors
-    /// [`StoreError::Bind`].
+    /// As [`StoreServer::bind`].
     pub fn bind_with(address: &str, limits: StoreLimits) -> Result<Self, StoreError> {
-        Self::start(address, limits).map_err(|source| StoreError::Bind { address: address.to_owned(), source })
+        let failed = |source| StoreError::Bind { address: address.to_owned(), source };
+        // PEERS: who is asked to listen to other hosts must be able to tell them apart, and a store cannot yet.
+        if let Some(open) = address.to_socket_addrs().map_err(failed)?.find(|address| !address.ip().is_loopback()) {
+            return Err(StoreError::NotLoopback { address: open.to_string() });
+        }
+        Self::start(address, limits).map_err(failed)
     }
 
     fn start(address: &str, limits: StoreLimits) -> io::Result<Self> {

@@ -435,3 +435,10 @@ fn one_client_too_many_is_refused_until_another_ends() {
     }
     assert_serves(&server);
 }
+
+/// PEERS: a store that other hosts could reach is refused, and says what to do.
+#[test]
+fn a_store_beyond_loopback_is_refused() {
+    let refused = StoreServer::bind("0.0.0.0:0").expect_err("refused");
+    assert!(matches!(&refused, StoreError::NotLoopback { address } if address.starts_with("0.0.0.0")), "{refused}");
+}
