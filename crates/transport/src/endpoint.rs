@@ -33,6 +33,8 @@ use crate::{CloseCause, Frame, ProtocolError, TransferError, WorkerId, WorkerInf
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
+/// Room for outgoing frames that an endpoint keeps: two whole ones, so that steady traffic allocates nothing.
+const WIRE_KEPT_BYTES: usize = 160 << 10;
 /// Bulk bytes moved for one endpoint before the driver looks at the others.
 const BULK_TURN_BYTES: usize = 4 << 20;
 /// How long a bulk connection may hold a chunk whose frame has not come on the control connection.
@@ -402,7 +404,7 @@ impl Endpoint {
             }
         }
         tx.wire.clear();
-        tx.wire.shrink_to(RECV_BYTES);
+        tx.wire.shrink_to(WIRE_KEPT_BYTES);
         tx.sent = 0;
         self.control.want(&self.driver, EventFlags::OUT, false);
         Ok(())
