@@ -1,1 +1,11 @@
-//! tests
+//! The integration tests, one binary: what calls must do (`conformance`), what no peer may do (`hostile`), and what happens
+//! between real processes (`processes`).
+//!
+//! `harness.rs` makes groups and bounds every test in time; `functions.rs` is what workers serve, here and in the program
+//! of `worker.rs`.
+
+mod conformance;
+mod functions;
+mod harness;
+mod hostile;
+mod processes;

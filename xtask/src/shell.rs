@@ -69,14 +69,6 @@ impl Shell {
         self
     }
 
-    /// Runs another program in its place, but keeps the text that repeats it.
-    pub(crate) fn by_running(mut self, program: &Path) -> Self {
-        let mut command = Command::new(program);
-        command.current_dir(root()).stdin(Stdio::null());
-        self.command = command;
-        self
-    }
-
     /// A failure of this command, or of what was expected of it.
     pub(crate) fn failure(&self, what: impl Into<String>) -> Failure {
         Failure { what: what.into(), repeat: self.typed.clone() }

@@ -18,6 +18,8 @@ use crate::{Device, DeviceError};
 const SMALL_BYTES_MAX: usize = 1 << 20;
 /// The size of a shared slab.
 const SHARED_SLAB_BYTES: usize = 8 << 20;
+/// Larger slabs get their pages as they are written: who announces much and sends little takes little (LIMITS).
+const POPULATED_BYTES_MAX: usize = 64 << 20;
 /// Classes up to `SMALL_BYTES_MAX`.
 const SMALL_CLASSES: usize = class_of(SMALL_BYTES_MAX) + 1;
 
@@ -89,7 +91,7 @@ impl HostPool {
     /// # Errors
     /// [`DeviceError::OutOfMemory`] if `len` is above the memory of the cgroup or machine, or the system has none left.
     /// # Cost
-    /// Warm memory: one lock held for a few instructions. Else a slab is mapped; a large one is populated, about 0.4 ms a MiB.
+    /// Warm memory: one lock held for a few instructions. Else a slab is mapped; a large one is populated, about 0.4 ms a MiB, up to 64 MiB.
     pub fn alloc(&self, len: usize) -> Result<HostBlock, DeviceError> {
         let out_of_memory = || self.out_of_memory(len);
         if len > memory_limit_bytes() {
@@ -194,7 +196,9 @@ impl Shared {
             return Ok((range, true));
         }
         let mut range = self.map(class_bytes(class))?;
-        if let Err(error) = range.populate() {
+        if range.len() <= POPULATED_BYTES_MAX
+            && let Err(error) = range.populate()
+        {
             self.unmap(vec![range]);
             return Err(error);
         }

@@ -27,6 +27,8 @@ use proc_macro::TokenStream;
 /// let y = agent.to("w1").call(scale, (&x, 2.0)).await?;
 /// ```
 ///
+/// As a unit struct, its name cannot be that of a local variable or a loop's pattern where it is in scope.
+///
 /// # Parameters
 /// First, if it is wanted, the context: `cx: &Call` in a function, `cx: Call` in an `async fn`, which owns it because
 /// it may outlive the thread that started it. Then up to eight arguments of owned types that serde knows, with tensors

@@ -17,7 +17,7 @@ use crate::context::Call;
 use crate::error::Stage;
 use crate::function::{Args, Function};
 use crate::join::{Group, Options};
-use crate::link::{Announcement, Link, call_error, run};
+use crate::link::{Announcement, Link, call_error, resolve, run};
 use crate::registry::Registry;
 use crate::{CallError, CallId};
 
@@ -210,10 +210,10 @@ impl Inner {
     /// Closes everything, whatever is in flight. Idempotent.
     pub(crate) fn stop(&self, wait: Duration) {
         self.closed.store(true, Ordering::SeqCst);
-        self.driver.stop(wait);
         for slot in lock(&self.local).take_all() {
             slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
         }
+        self.driver.stop(wait);
         if let Some(runtime) = lock(&self.runtime_own).take() {
             runtime.shutdown_background();
         }
@@ -363,9 +363,10 @@ impl To<'_> {
 
     fn call_here<F: Function>(&self, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
         let agent = &self.agent.0;
-        let Some(registered) = agent.registry.find(F::NAME).map(Arc::clone) else {
-            let nearest = agent.registry.nearest(F::NAME).map(str::to_owned);
-            return slot.complete(Err(CallError::UnknownFunction { call: slot.id.clone(), nearest }));
+        let named = Announcement { name: F::NAME, signature: F::SIGNATURE };
+        let registered = match resolve(&agent.registry, &named) {
+            Ok(registered) => registered,
+            Err(failure) => return slot.complete(Err(call_error(slot, failure))),
         };
         let cx = Call {
             agent: self.agent.clone(),
@@ -373,7 +374,14 @@ impl To<'_> {
             function: registered.name,
             deadline: Some(slot.deadline),
         };
-        let call = lock(&agent.local).insert(Arc::clone(slot));
+        let call = {
+            let mut local = lock(&agent.local);
+            if agent.closed.load(Ordering::SeqCst) {
+                // `stop` has emptied the table, or waits for this lock to do so.
+                return slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+            }
+            local.insert(Arc::clone(slot))
+        };
         agent.driver.schedule(slot.deadline);
         let this = Weak::clone(&agent.this);
         // It only hands on; what the handler costs is accounted with the handler.

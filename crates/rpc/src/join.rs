@@ -213,8 +213,9 @@ impl Agent {
             world_size: options.world_size,
             shutdown_timeout: options.shutdown_timeout,
         };
-        driver.start(Arc::new(Acceptor(Arc::downgrade(agent.inner()))))?;
         agent.set_workers(meet_workers(&group, &driver.config().worker, deadline)?);
+        // Who joined faster may dial already: the socket listens. It is answered now, when handlers know the group.
+        driver.start(Arc::new(Acceptor(Arc::downgrade(agent.inner()))))?;
         // Set once, here.
         let _ = agent.inner().group.set(group);
         Ok(agent)

@@ -16,7 +16,7 @@ use crate::call::{CallTable, Slot, lock};
 use crate::context::Call;
 use crate::error::{Failure, Stage};
 use crate::function::HandlerKind;
-use crate::registry::Registered;
+use crate::registry::{Registered, Registry};
 use crate::{CallError, CallId};
 
 /// Functions one peer may announce on one connection.
@@ -31,12 +31,8 @@ pub(crate) struct Announcement<'a> {
     pub(crate) signature: &'a str,
 }
 
-/// What a peer's interned id stands for here.
-#[derive(Clone)]
-enum Target {
-    Function(Arc<Registered>),
-    Refused(Failure),
-}
+/// What a peer's interned id stands for here: a function, or what its callers are told.
+type Target = Result<Arc<Registered>, Failure>;
 
 /// See the module.
 pub(crate) struct Link {
@@ -84,20 +80,13 @@ impl Link {
             Err(error) => {
                 // Its close may have taken the slot already; a slot is completed once.
                 lock(&self.calls).remove(call);
-                slot.complete(Err(self.send_error(&slot.id, error)));
+                slot.complete(Err(send_error(&slot.id, endpoint, error)));
             }
         }
         if let Some(cause) = endpoint.closed() {
             // Closed between the insertion and now: `on_closed` may have run before it.
             lock(&self.calls).remove(call);
             slot.complete(Err(lost(&slot.id, endpoint, cause)));
-        }
-    }
-
-    fn send_error(&self, call: &CallId, error: TransferError) -> CallError {
-        match error {
-            TransferError::Closed { cause } => CallError::PeerLost { call: call.clone(), stage: Stage::Waiting, cause },
-            source => CallError::Send { call: call.clone(), source },
         }
     }
 
@@ -110,7 +99,7 @@ impl Link {
             return Err(malformed(format!("function id {index} of at most {FUNCTIONS_MAX}")));
         }
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
-        let target = resolve(&agent, &announced);
+        let target = resolve(&agent.registry, &announced);
         let mut functions = lock(&self.functions);
         if functions.len() <= index {
             functions.resize(index + 1, None);
@@ -127,8 +116,8 @@ impl Link {
         let reply = ReplyTo { endpoint: Arc::clone(endpoint), call: frame.call };
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
         let registered = match target {
-            Target::Function(registered) => registered,
-            Target::Refused(failure) => {
+            Ok(registered) => registered,
+            Err(failure) => {
                 reply.send(Err(failure), Some(turn));
                 return Ok(());
             }
@@ -160,15 +149,15 @@ impl Link {
     }
 }
 
-fn resolve(agent: &Inner, announced: &Announcement<'_>) -> Target {
-    let Some(registered) = agent.registry.find(announced.name) else {
-        let nearest = agent.registry.nearest(announced.name).map(str::to_owned);
-        return Target::Refused(Failure::UnknownFunction { nearest });
+/// The function of that name, if it is registered here with that signature.
+pub(crate) fn resolve(registry: &Registry, announced: &Announcement<'_>) -> Result<Arc<Registered>, Failure> {
+    let Some(registered) = registry.find(announced.name) else {
+        return Err(Failure::UnknownFunction { nearest: registry.nearest(announced.name).map(str::to_owned) });
     };
     if registered.signature != announced.signature {
-        return Target::Refused(Failure::Signature { callee: registered.signature.to_owned() });
+        return Err(Failure::Signature { callee: registered.signature.to_owned() });
     }
-    Target::Function(Arc::clone(registered))
+    Ok(Arc::clone(registered))
 }
 
 /// Runs a handler where its kind belongs: inline, on the pool, or on the runtime; `reply` gets its answer.
@@ -266,6 +255,13 @@ pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
         Failure::Handler(error) => CallError::Remote { call, error },
         Failure::Panicked { message } => CallError::Panicked { call, message },
         Failure::Reply { message } => CallError::BadReply { call, message },
+    }
+}
+
+fn send_error(call: &CallId, endpoint: &Endpoint, error: TransferError) -> CallError {
+    match error {
+        TransferError::Closed { cause } => lost(call, endpoint, &cause),
+        source => CallError::Send { call: call.clone(), source },
     }
 }
 

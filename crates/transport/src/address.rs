@@ -6,6 +6,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::DriverConfig;
+use crate::frame::{FEATURES, VERSION};
+
 /// One worker of a group: its name and its rank.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WorkerId {
@@ -78,12 +81,27 @@ pub(crate) struct Hello {
     pub(crate) group: String,
     pub(crate) worker: WorkerInfo,
     pub(crate) role: Role,
+    /// The framing versions the dialer speaks, oldest and newest. Greetings themselves keep version 1's framing.
+    pub(crate) versions: [u8; 2],
+    /// What the dialer can do beyond them, a bit each; none is defined yet.
+    pub(crate) features: u64,
+}
+
+impl Hello {
+    pub(crate) fn new(config: &DriverConfig, role: Role) -> Self {
+        let (group, worker) = (config.group.clone(), config.worker.clone());
+        Self { group, worker, role, versions: [VERSION; 2], features: FEATURES }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Welcome {
     pub(crate) worker: WorkerInfo,
     pub(crate) bulk_key: u128,
+    /// The version both go on in: the newest that both speak.
+    pub(crate) version: u8,
+    /// The features both have.
+    pub(crate) features: u64,
 }
 
 /// Metadata of a Close frame.

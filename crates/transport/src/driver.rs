@@ -28,7 +28,7 @@ use socket2::Socket;
 
 use crate::address::{Goodbye, Hello, Reason, Role};
 use crate::endpoint::{Endpoint, greeting, lock, lost, read_greeting, write_greeting};
-use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::frame::{HEADER_BYTES, Header, Kind, MAGIC, VERSION};
 use crate::tcp::{self, Progress};
 use crate::{CloseCause, Frame, Limits, ProtocolError, TransferError, WorkerInfo};
 
@@ -393,7 +393,8 @@ impl Driver {
             return;
         }
         pool.jobs.push_back(job);
-        let idle = pool.idle > 0;
+        // Of the idle, some may be on their way to earlier jobs: a job too many is the leader's, who must not sleep on it.
+        let idle = pool.idle >= pool.jobs.len();
         drop(pool);
         if idle { self.work.notify_one() } else { self.wake_leader() }
     }
@@ -554,6 +555,13 @@ impl Driver {
             job.run(turn);
             // Fails when the role was taken away: then it speaks of another leader.
             let _ = self.busy_term.compare_exchange(term, 0, Ordering::SeqCst, Ordering::SeqCst);
+            if !turn.jobs.is_empty() {
+                // What the job has spawned is next, here or with whoever leads now.
+                lock(&self.pool).jobs.extend(turn.jobs.drain(..));
+                if !self.leads(term) {
+                    self.wake_leader();
+                }
+            }
             if !turn.dirty.is_empty() {
                 lock(&self.unflushed).append(&mut turn.dirty);
                 waiting_since.get_or_insert_with(Instant::now);
@@ -803,6 +811,12 @@ impl Driver {
     fn read_hello(&self, greeting: &Greeting) -> Result<Option<Hello>, CloseCause> {
         let mut bytes = lock(&greeting.bytes);
         loop {
+            if let Some(magic) = bytes.first_chunk()
+                && u32::from_le_bytes(*magic) != MAGIC
+            {
+                // Whoever speaks something else need not send a whole header to be told.
+                return Err(ProtocolError::Magic { found: u32::from_le_bytes(*magic) }.into());
+            }
             let want = if let Some(head) = bytes.first_chunk() {
                 let (header, kind) = Header::parse(head, &self.config.limits)?;
                 if kind != Kind::Hello || header.tensors != 0 || header.payload_len != 0 {
@@ -829,6 +843,10 @@ impl Driver {
     fn admit(self: &Arc<Self>, greeting: &Arc<Greeting>, hello: Hello) -> Result<(), ProtocolError> {
         if hello.group != self.config.group {
             return Err(ProtocolError::Group { found: hello.group, expected: self.config.group.clone() });
+        }
+        let [oldest, newest] = hello.versions;
+        if !(oldest..=newest).contains(&VERSION) {
+            return Err(ProtocolError::NoCommonVersion { theirs: hello.versions, ours: VERSION });
         }
         let Ok(socket) = greeting.registration.socket().try_clone() else {
             self.remove(&greeting.registration);
@@ -859,7 +877,7 @@ impl Driver {
     }
 
     fn open(self: &Arc<Self>, socket: Socket, hello: Hello, service: &dyn Service) {
-        let remote = hello.worker.clone();
+        let (remote, features) = (hello.worker.clone(), hello.features);
         let mut key = [0_u8; 16];
         if let Err(error) = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty()) {
             tracing::error!(%error, "getrandom");
@@ -869,7 +887,7 @@ impl Driver {
         let opened = Endpoint::accepted(self, socket, hello, key).and_then(|endpoint| {
             lock(&self.bulk_keys).insert(key, Arc::downgrade(&endpoint));
             let peer = service.on_open(&endpoint, &remote);
-            let welcomed = endpoint.welcome(peer);
+            let welcomed = endpoint.welcome(peer, features);
             self.add_control(&endpoint, EventFlags::IN)?;
             if let Err(cause) = welcomed {
                 endpoint.close(cause);

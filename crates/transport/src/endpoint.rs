@@ -26,7 +26,7 @@ use socket2::Socket;
 use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
 use crate::descriptor::{Descriptor, Mode};
 use crate::driver::{Driver, Peer, Registration, Turn};
-use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
 use crate::receive::{Chunk, Received, Receiver, Transfers};
 use crate::tcp::{self, Progress, Wait};
 use crate::{CloseCause, Frame, ProtocolError, TransferError, WorkerId, WorkerInfo};
@@ -149,7 +149,7 @@ enum BulkLink {
     None,
     /// Asked for: the dialer of the control connection will open it.
     Requested,
-    Connecting(Registration),
+    Connecting(Registration, Instant),
     Open(Registration),
 }
 
@@ -230,7 +230,7 @@ impl Endpoint {
         hello: Hello,
         key: u128,
     ) -> Result<Arc<Self>, TransferError> {
-        let endpoint = Self::new(driver, socket, None, Status::Open, key)?;
+        let endpoint = Self::new(driver, socket, None, Status::Greeting, key)?;
         if endpoint.remote.set(hello.worker).is_err() {
             unreachable!("a new endpoint has no remote");
         }
@@ -436,15 +436,15 @@ impl Endpoint {
     fn dial_bulk(self: &Arc<Self>, bulk: &mut Bulk) {
         let Some(address) = self.dialed else { return };
         let config = self.driver.config();
-        let hello =
-            Hello { group: config.group.clone(), worker: config.worker.clone(), role: Role::Bulk { key: bulk.key } };
+        let hello = Hello::new(config, Role::Bulk { key: bulk.key });
         bulk.prefix = greeting(Kind::Hello, &hello);
         match tcp::connect(address) {
             Ok(socket) => {
                 let registration = self.driver.register(socket);
                 if self.driver.add_bulk(self, &registration, EventFlags::OUT).is_ok() {
-                    bulk.link = BulkLink::Connecting(registration);
-                    self.driver.schedule(Instant::now() + config.connect_timeout);
+                    let now = Instant::now();
+                    bulk.link = BulkLink::Connecting(registration, now);
+                    self.driver.schedule(now + config.connect_timeout);
                     return;
                 }
             }
@@ -458,7 +458,7 @@ impl Endpoint {
     pub(crate) fn attach_bulk(self: &Arc<Self>, socket: Socket) -> Result<(), TransferError> {
         let registration = self.driver.register(socket);
         let mut bulk = lock(&self.bulk);
-        if matches!(bulk.link, BulkLink::Connecting(_) | BulkLink::Open(_)) || self.cause.get().is_some() {
+        if matches!(bulk.link, BulkLink::Connecting(..) | BulkLink::Open(_)) || self.cause.get().is_some() {
             // One bulk connection per endpoint; the second one's socket is dropped here.
             tracing::warn!(peer = ?self.peer_id(), "refused a second bulk connection");
             return Ok(());
@@ -544,7 +544,7 @@ impl Endpoint {
 
     fn bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) -> Result<(), CloseCause> {
         let mut bulk = lock(&self.bulk);
-        if let BulkLink::Connecting(link) = &bulk.link {
+        if let BulkLink::Connecting(link, _) = &bulk.link {
             let link = link.clone();
             finish_connect(link.socket(), self.dialed)?;
             bulk.link = BulkLink::Open(link.clone());
@@ -666,11 +666,7 @@ impl Endpoint {
 
     fn greet(&self) -> Result<(), CloseCause> {
         let config = self.driver.config();
-        let hello = Hello {
-            group: config.group.clone(),
-            worker: config.worker.clone(),
-            role: Role::Control { target: self.expected.clone() },
-        };
+        let hello = Hello::new(config, Role::Control { target: self.expected.clone() });
         let bytes = greeting(Kind::Hello, &hello);
         self.status.store(Status::Greeting as u8, Ordering::Release);
         self.control.set(&self.driver, EventFlags::IN);
@@ -678,13 +674,25 @@ impl Endpoint {
     }
 
     /// The acceptor's answer; from now on frames go both ways.
-    pub(crate) fn welcome(&self, peer: Arc<dyn Peer>) -> Result<(), CloseCause> {
+    pub(crate) fn welcome(&self, peer: Arc<dyn Peer>, features: u64) -> Result<(), CloseCause> {
         let key = lock(&self.bulk).key;
         if self.peer.set(peer).is_err() {
             unreachable!("an endpoint is welcomed once");
         }
-        let welcome = Welcome { worker: self.driver.config().worker.clone(), bulk_key: key };
-        write_greeting(self.control.socket(), &greeting(Kind::Welcome, &welcome))
+        let welcome = Welcome {
+            worker: self.driver.config().worker.clone(),
+            bulk_key: key,
+            version: VERSION,
+            features: features & FEATURES,
+        };
+        // Calls to the peer may wait already: they go behind the welcome.
+        let mut tx = lock(&self.tx);
+        write_greeting(self.control.socket(), &greeting(Kind::Welcome, &welcome))?;
+        let (from, to) = (Status::Greeting as u8, Status::Open as u8);
+        if self.status.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            self.write_control(&mut tx).map_err(lost)?;
+        }
+        Ok(())
     }
 
     /// Reads once, and hands on what came. With [`Wait::Tick`] it sleeps for the first byte.
@@ -739,6 +747,9 @@ impl Endpoint {
 
     fn on_welcome(self: &Arc<Self>, frame: &Frame) -> Result<(), CloseCause> {
         let welcome: Welcome = read_greeting("welcome", &frame.metadata)?;
+        if welcome.version != VERSION {
+            return Err(ProtocolError::NoCommonVersion { theirs: [welcome.version; 2], ours: VERSION }.into());
+        }
         if let Some(expected) = &self.expected
             && **expected != *welcome.worker.id.name
         {
@@ -826,8 +837,13 @@ impl Endpoint {
             }
             late
         };
-        if matches!(self.status(), Status::Connecting | Status::Greeting)
-            && check(self.opened_at + connect_timeout)
+        let connecting_since = match (self.status(), &lock(&self.bulk).link) {
+            (Status::Connecting | Status::Greeting, _) => Some(self.opened_at),
+            (_, BulkLink::Connecting(_, since)) => Some(*since),
+            _ => None,
+        };
+        if let Some(since) = connecting_since
+            && check(since + connect_timeout)
             && let Some(address) = self.dialed
         {
             self.close(CloseCause::ConnectTimeout { address, timeout: connect_timeout });
@@ -870,7 +886,7 @@ impl Endpoint {
             }
         }
         let bulk = std::mem::replace(&mut lock(&self.bulk).link, BulkLink::None);
-        if let BulkLink::Connecting(link) | BulkLink::Open(link) = bulk {
+        if let BulkLink::Connecting(link, _) | BulkLink::Open(link) = bulk {
             self.driver.remove(&link);
             let _ = link.socket().shutdown(Shutdown::Both);
         }

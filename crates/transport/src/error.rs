@@ -20,6 +20,9 @@ pub enum ProtocolError {
     /// The peer speaks another framing version.
     #[error("framing version {found} where {supported} is supported; run the same farcall on every worker")]
     Version { found: u8, supported: u8 },
+    /// The peer's hello or welcome offers no version that this side speaks.
+    #[error("the peer speaks framing versions {} to {}, this worker {ours}; run the same farcall on every worker", .theirs[0], .theirs[1])]
+    NoCommonVersion { theirs: [u8; 2], ours: u8 },
     /// An unknown frame kind.
     #[error("unknown frame kind {found}")]
     Kind { found: u8 },

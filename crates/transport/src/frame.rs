@@ -31,6 +31,9 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"FCL1");
 /// The framing version this build speaks.
 pub const VERSION: u8 = 1;
 
+/// What this build can do beyond its version, a bit each; none is defined yet.
+pub(crate) const FEATURES: u64 = 0;
+
 /// What a frame is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]

@@ -178,7 +178,7 @@ impl Receiver {
                 }
             });
         }
-        accounted("descriptors", (header.table_len as usize - table.len()) as u64, u64::from(header.table_len))?;
+        accounted("descriptors", u64::from(header.table_len), (header.table_len as usize - table.len()) as u64)?;
         accounted("inline payload", header.payload_len, inline_bytes)?;
         let frame = Frame {
             kind,

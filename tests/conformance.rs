@@ -1,0 +1,11 @@
+//! What every call must do, between agents of one process: values, layouts, sizes, handlers, order, errors.
+
+mod dtypes;
+mod errors;
+mod handlers;
+mod layouts;
+mod order;
+mod sizes;
+mod snapshot;
+mod values;
+mod waiting;

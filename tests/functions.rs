@@ -1,0 +1,412 @@
+//! The functions that tests call, in this process and in worker processes, and the gates that hold handlers until a
+//! test lets them go on.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use farcall::prelude::*;
+use farcall::{Result, TensorMut};
+use serde::{Deserialize, Serialize};
+
+/// How long a handler waits for a test at most.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+// ---- gates ----
+
+#[derive(Default)]
+struct GateState {
+    arrived: usize,
+    open: bool,
+    order: u64,
+    wakers: Vec<Waker>,
+}
+
+/// Where handlers wait until it is opened, and where their arrival is seen.
+#[derive(Default)]
+pub(crate) struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+/// The gate of this name in this process.
+pub(crate) fn gate(key: &str) -> Arc<Gate> {
+    static GATES: Mutex<Option<HashMap<String, Arc<Gate>>>> = Mutex::new(None);
+    let mut gates = GATES.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(gates.get_or_insert_default().entry(key.to_owned()).or_default())
+}
+
+impl Gate {
+    fn change<T>(&self, change: impl FnOnce(&mut GateState) -> T) -> T {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let value = change(&mut state);
+        let wakers = if state.open { std::mem::take(&mut state.wakers) } else { Vec::new() };
+        drop(state);
+        self.changed.notify_all();
+        wakers.into_iter().for_each(Waker::wake);
+        value
+    }
+
+    fn wait_until(&self, reached: impl Fn(&GateState) -> bool) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while !reached(&state) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Counts one arrival and blocks until the gate is open; false after [`PATIENCE`].
+    pub(crate) fn pass(&self) -> bool {
+        self.change(|state| state.arrived += 1);
+        self.wait_until(|state| state.open)
+    }
+
+    /// As [`Gate::pass`], holding no thread.
+    async fn pass_async(&self) {
+        self.change(|state| state.arrived += 1);
+        std::future::poll_fn(|cx| {
+            self.change(|state| {
+                if state.open {
+                    return Poll::Ready(());
+                }
+                state.wakers.push(cx.waker().clone());
+                Poll::Pending
+            })
+        })
+        .await;
+    }
+
+    /// Blocks until `count` have arrived; false after [`PATIENCE`].
+    pub(crate) fn wait_arrived(&self, count: usize) -> bool {
+        self.wait_until(|state| state.arrived >= count)
+    }
+
+    /// Lets everyone through, from now on.
+    pub(crate) fn open(&self) {
+        self.change(|state| state.open = true);
+    }
+}
+
+/// Counts an arrival and blocks until the gate is open.
+#[farcall::function(name = "test::hold")]
+pub(crate) fn hold(key: String) -> bool {
+    gate(&key).pass()
+}
+
+/// As `hold`, holding no thread.
+#[farcall::function(name = "test::hold_async")]
+pub(crate) async fn hold_async(key: String, x: i64) -> i64 {
+    gate(&key).pass_async().await;
+    x
+}
+
+/// Blocks until `count` have arrived at the gate.
+#[farcall::function(name = "test::arrived")]
+pub(crate) fn arrived(key: String, count: usize) -> bool {
+    gate(&key).wait_arrived(count)
+}
+
+/// Opens the gate.
+#[farcall::function(name = "test::open")]
+pub(crate) fn open(key: String) {
+    gate(&key).open();
+}
+
+/// Blocks until `count` calls are in it at once; returns at once for 0.
+#[farcall::function(name = "test::meet")]
+pub(crate) fn meet(key: String, count: usize) -> bool {
+    if count == 0 {
+        return true;
+    }
+    let gate = gate(&key);
+    gate.change(|state| state.arrived += 1);
+    gate.wait_arrived(count)
+}
+
+/// The how-manieth call with this key it is.
+#[farcall::function(name = "test::order")]
+pub(crate) fn order(key: String) -> u64 {
+    gate(&key).change(|state| {
+        state.order += 1;
+        state.order
+    })
+}
+
+/// As `order`, for a call that brings a tensor.
+#[farcall::function(name = "test::order_with")]
+pub(crate) fn order_with(key: String, _x: Tensor) -> u64 {
+    order::run(key)
+}
+
+// ---- values ----
+
+/// Gives a tensor back.
+#[farcall::function(name = "test::echo")]
+pub(crate) fn echo(x: Tensor) -> Tensor {
+    x
+}
+
+/// Gives a tensor back, from where the request was read.
+#[farcall::function(name = "test::echo_inline", inline)]
+pub(crate) fn echo_inline(x: Tensor) -> Tensor {
+    x
+}
+
+/// Gives a tensor back without ever waiting.
+#[farcall::function(name = "test::echo_async")]
+pub(crate) async fn echo_async(x: Tensor) -> Tensor {
+    x
+}
+
+/// Gives a tensor back after it was put aside once.
+#[farcall::function(name = "test::echo_later")]
+pub(crate) async fn echo_later(x: Tensor) -> Tensor {
+    tokio::task::yield_now().await;
+    x
+}
+
+/// Gives tensors back.
+#[farcall::function(name = "test::echo_all")]
+pub(crate) fn echo_all(xs: Vec<Tensor>) -> Vec<Tensor> {
+    xs
+}
+
+/// One of each kind of value.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Part {
+    Unit,
+    Newtype(Tensor),
+    Tuple(u8, Option<Tensor>),
+    Struct { name: String, inner: Box<Message> },
+}
+
+/// A value with tensors anywhere inside.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Message {
+    pub(crate) id: u64,
+    pub(crate) parts: Vec<Part>,
+    pub(crate) named: HashMap<String, Tensor>,
+    pub(crate) pair: (Option<Tensor>, Option<Tensor>),
+    pub(crate) text: Option<String>,
+}
+
+/// Gives a message back.
+#[farcall::function(name = "test::echo_message")]
+pub(crate) fn echo_message(message: Message) -> Message {
+    message
+}
+
+/// A sum.
+#[farcall::function(name = "test::add")]
+pub(crate) fn add(a: i64, b: i64) -> i64 {
+    a + b
+}
+
+/// Eight arguments, the most there are.
+#[farcall::function(name = "test::eight")]
+#[expect(clippy::too_many_arguments, reason = "as many as a function may have")]
+pub(crate) fn eight(a: bool, b: u8, c: i16, d: u32, e: f32, f: f64, g: String, h: Tensor) -> Result<String> {
+    Ok(format!("{a} {b} {c} {d} {e} {f} {g} {:?}", h.to_vec::<u8>()?))
+}
+
+/// Nothing in, nothing out.
+#[farcall::function(name = "test::nothing")]
+pub(crate) fn nothing() {}
+
+/// The shape and strides as they arrived.
+#[farcall::function(name = "test::layout")]
+pub(crate) fn layout(x: Tensor) -> (Vec<usize>, Vec<i64>) {
+    (x.shape().to_vec(), x.strides().to_vec())
+}
+
+/// The elements in row-major order, as they arrived.
+#[farcall::function(name = "test::elements")]
+pub(crate) fn elements(x: Tensor) -> Result<Vec<f32>> {
+    Ok(x.to_vec::<f32>()?)
+}
+
+/// A tensor of `len` bytes that `seed` decides.
+#[farcall::function(name = "test::pattern")]
+pub(crate) fn pattern(len: usize, seed: u64) -> Result<Tensor> {
+    let mut tensor = TensorMut::empty(DType::U8, &[len])?;
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for bytes in tensor.as_mut_slice::<u8>()?.chunks_mut(8) {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        bytes.copy_from_slice(&state.to_le_bytes()[..bytes.len()]);
+    }
+    Ok(tensor.freeze_ready())
+}
+
+/// As `pattern`, once the gate is open.
+#[farcall::function(name = "test::pattern_after")]
+pub(crate) fn pattern_after(key: String, len: usize, seed: u64) -> Result<Tensor> {
+    gate(&key).pass();
+    pattern::run(len, seed)
+}
+
+/// The length, and a hash of the bytes in order.
+#[farcall::function(name = "test::hash")]
+pub(crate) fn hash(x: Tensor) -> Result<(usize, u64)> {
+    let bytes = x.as_slice::<u8>()?;
+    let mut state = 0xcbf2_9ce4_8422_2325_u64;
+    for bytes in bytes.chunks(8) {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        state = (state ^ u64::from_le_bytes(word)).wrapping_mul(0x0100_0000_01b3).rotate_left(29);
+    }
+    Ok((bytes.len(), state))
+}
+
+/// As `hash`, once the gate is open.
+#[farcall::function(name = "test::hash_after")]
+pub(crate) fn hash_after(key: String, x: Tensor) -> Result<(usize, u64)> {
+    gate(&key).pass();
+    hash::run(x)
+}
+
+// ---- the call itself ----
+
+/// Who called, by name and rank, and by what name this function was.
+#[farcall::function(name = "test::caller")]
+pub(crate) fn caller(cx: &Call) -> (String, u32, String) {
+    (cx.caller().name.to_string(), cx.caller().rank, cx.function().to_owned())
+}
+
+/// Microseconds that the caller still waits.
+#[farcall::function(name = "test::remaining")]
+pub(crate) fn remaining(cx: &Call) -> Option<u64> {
+    cx.remaining().map(|left| left.as_micros() as u64)
+}
+
+/// Adds one at each worker it goes through; blocks its thread while the next one works.
+#[farcall::function(name = "test::relay")]
+pub(crate) fn relay(cx: &Call, through: Vec<String>, x: i64) -> Result<i64> {
+    match through.split_first() {
+        None => Ok(x + 1),
+        Some((next, rest)) => Ok(cx.agent().to(next).call(relay, (rest, x + 1)).wait()?),
+    }
+}
+
+/// As `relay`, holding no thread.
+#[farcall::function(name = "test::relay_async")]
+pub(crate) async fn relay_async(cx: Call, through: Vec<String>, x: i64) -> Result<i64> {
+    match through.split_first() {
+        None => Ok(x + 1),
+        Some((next, rest)) => Ok(cx.agent().to(next).call(relay_async, (rest, x + 1)).await?),
+    }
+}
+
+/// Calls `hold` on `worker` and gives the error's text.
+#[farcall::function(name = "test::hold_there")]
+pub(crate) async fn hold_there(cx: Call, worker: String, key: String) -> String {
+    let outcome = cx.agent().to(&worker).call(hold, (key,)).await;
+    outcome.err().map_or_else(|| "no error".to_owned(), |error| error.to_string())
+}
+
+/// Calls `pattern_after` on `worker` and gives the error's text.
+#[farcall::function(name = "test::pattern_there")]
+pub(crate) async fn pattern_there(cx: Call, worker: String, key: String, len: usize) -> String {
+    let outcome = cx.agent().to(&worker).call(pattern_after, (key, len, 1)).await;
+    outcome.err().map_or_else(|| "no error".to_owned(), |error| error.to_string())
+}
+
+// ---- failures ----
+
+/// Fails with an error of the standard library.
+#[farcall::function(name = "test::parse")]
+pub(crate) fn parse(text: String) -> Result<i32> {
+    Ok(text.parse()?)
+}
+
+/// An error with sources.
+#[derive(Debug)]
+pub(crate) struct Layered(&'static str, Option<Box<Layered>>);
+
+impl fmt::Display for Layered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Layered {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.1.as_ref().map(|source| &**source as _)
+    }
+}
+
+/// Fails with an error that has two sources.
+#[farcall::function(name = "test::layered")]
+pub(crate) fn layered() -> Result<(), Layered> {
+    Err(Layered("cannot load", Some(Box::new(Layered("cannot read", Some(Box::new(Layered("disk on fire", None))))))))
+}
+
+/// Panics.
+#[farcall::function(name = "test::panic_sync")]
+pub(crate) fn panic_sync(text: String) {
+    quietly(text)
+}
+
+/// Panics where the frame was read.
+#[farcall::function(name = "test::panic_inline", inline)]
+pub(crate) fn panic_inline(text: String) {
+    quietly(text)
+}
+
+/// Panics at the first poll, or after it was put aside.
+#[farcall::function(name = "test::panic_async")]
+pub(crate) async fn panic_async(late: bool, text: String) {
+    if late {
+        tokio::task::yield_now().await;
+    }
+    quietly(text)
+}
+
+/// A panic that no hook prints.
+fn quietly(text: String) {
+    std::panic::resume_unwind(Box::new(text))
+}
+
+/// A reply whose metadata no peer accepts.
+#[farcall::function(name = "test::long_text")]
+pub(crate) fn long_text(len: usize) -> String {
+    "x".repeat(len)
+}
+
+/// An error too long to be sent.
+#[farcall::function(name = "test::long_error")]
+pub(crate) fn long_error(len: usize) -> Result<()> {
+    Err(farcall::Error::msg("x".repeat(len)))
+}
+
+/// A value that fails to be encoded.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct Unencodable;
+
+impl Serialize for Unencodable {
+    fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
+        Err(serde::ser::Error::custom("never encodes"))
+    }
+}
+
+/// Gives a value that cannot be encoded.
+#[farcall::function(name = "test::unencodable")]
+pub(crate) fn unencodable() -> Unencodable {
+    Unencodable
+}
+
+/// Takes a value that cannot be encoded.
+#[farcall::function(name = "test::take_unencodable")]
+pub(crate) fn take_unencodable(_value: Unencodable) {}
+
+/// Ends the process without a word.
+#[farcall::function(name = "test::quit")]
+pub(crate) fn quit(code: i32) {
+    std::process::exit(code)
+}

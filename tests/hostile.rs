@@ -1,0 +1,11 @@
+//! What peers must not do, byte by byte: each fault is named to who made it, and hurts nobody else.
+//!
+//! Bytes are written out here, from the tables in `transport::frame` and `transport::descriptor`, not by their encoders.
+
+mod bulk;
+mod connections;
+mod descriptors;
+mod frames;
+mod greeting;
+pub(crate) mod raw;
+mod session;

@@ -1,0 +1,155 @@
+//! Many connections, slow ones, and floods.
+
+use std::time::Duration;
+
+use crate::functions::add;
+use crate::harness::{bounded, step};
+
+use super::raw::{Descriptor, REPLY, RawPeer, Target, U8, assert_says, control, echo_request, hello, timed};
+
+/// How long a hello may take, with room for a busy machine.
+const REFUSED_WITHIN: Duration = Duration::from_secs(9);
+
+#[test]
+fn half_open_connections_stand_in_nobodys_way_and_end() {
+    bounded(|| {
+        let target = Target::new();
+        let mut silent: Vec<RawPeer> = (0..200).map(|_| target.stranger()).collect();
+        for _ in 0..50 {
+            target.serves_others();
+        }
+        step("the worker's patience with those who do not say hello");
+        let took = timed(|| {
+            for peer in &mut silent {
+                assert_says(&peer.close_text(), "no complete hello within 5s");
+            }
+        });
+        assert!(took < REFUSED_WITHIN, "{took:?}");
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn a_hello_that_stalls_is_refused_in_time() {
+    bounded(|| {
+        let target = Target::new();
+        let hello = hello(target.group_name(), &control(Some("w0"))).bytes();
+        // One after each byte: within the header, at its end, within the metadata.
+        let mut stalled: Vec<RawPeer> = [1, 4, 63, 64, 65, hello.len() - 1]
+            .map(|len| {
+                let mut peer = target.stranger();
+                hello[..len].chunks(1).for_each(|byte| peer.send(byte));
+                peer
+            })
+            .into();
+        let took = timed(|| {
+            for peer in &mut stalled {
+                assert_says(&peer.close_text(), "no complete hello within 5s");
+            }
+        });
+        assert!(took < REFUSED_WITHIN, "{took:?}");
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// Progress does not buy time: who sends a byte now and then is refused at the same moment.
+#[test]
+fn a_hello_that_trickles_is_refused_in_time() {
+    bounded(|| {
+        let target = Target::new();
+        let hello = hello(target.group_name(), &control(Some("w0"))).bytes();
+        let mut peer = target.stranger();
+        let mut bytes = hello.chunks(1);
+        let took = timed(|| {
+            while peer.peek(Duration::from_millis(100)).is_none() {
+                peer.send(bytes.next().expect("the refusal comes before the hello's end"));
+            }
+            assert_says(&peer.close_text(), "no complete hello within 5s");
+        });
+        assert!(took < REFUSED_WITHIN, "{took:?}");
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn a_hello_in_single_bytes_is_welcome() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.stranger();
+        for byte in hello(target.group_name(), &control(Some("w0"))).bytes().chunks(1) {
+            peer.send(byte);
+        }
+        peer.expect(super::raw::WELCOME);
+        peer.announce();
+        peer.adds(1);
+        target.shutdown();
+    });
+}
+
+/// 64 MiB of requests, none of whose replies is read: they wait in the worker's memory, in nobody's way.
+#[test]
+fn a_flood_of_requests_whose_replies_are_not_read_blocks_nobody() {
+    bounded(|| {
+        let target = Target::new();
+        let mut flood = target.peer();
+        let request = echo_request(1, &Descriptor::inline(U8, &[32 << 10], 32 << 10), &[5; 32 << 10]).bytes();
+        for round in 0..2048 {
+            step(format_args!("request {round} of the flood"));
+            flood.send(&request);
+            if round % 256 == 0 {
+                target.serves_others();
+            }
+        }
+        target.serves_others();
+        // They are there for whoever reads after all.
+        for _ in 0..2048 {
+            assert_eq!(flood.expect(REPLY).payload.len(), 32 << 10);
+        }
+        flood.adds(2);
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// The same, and gone without having read a byte.
+#[test]
+fn a_flood_that_is_cut_off_is_forgotten() {
+    bounded(|| {
+        let target = Target::new();
+        let request = echo_request(1, &Descriptor::inline(U8, &[32 << 10], 32 << 10), &[5; 32 << 10]).bytes();
+        for _ in 0..10 {
+            let mut flood = target.peer();
+            for _ in 0..100 {
+                flood.send(&request);
+            }
+        }
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// Connections that come and go in any state, while others work.
+#[test]
+fn connections_that_come_and_go_disturb_no_call() {
+    bounded(|| {
+        let target = Target::new();
+        let hello = hello(target.group_name(), &control(Some("w0"))).bytes();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..300 {
+                    let mut peer = target.stranger();
+                    peer.try_send(&hello[..round % (hello.len() + 1)]);
+                }
+            });
+            for round in 0..1000 {
+                let sum = target.agent().to("w1").call(add, (round, 1)).wait();
+                assert_eq!(sum.expect("a sum"), round + 1);
+            }
+        });
+        target.serves_others();
+        target.shutdown();
+    });
+}

@@ -1,0 +1,164 @@
+//! Frames that a welcome peer may send, and some that it may not.
+
+use crate::functions::gate;
+use crate::harness::{bounded, unique};
+
+use super::raw::{
+    Cursor, Descriptor, ERROR, F32, Frame, REPLY, REQUEST, Target, add_request, announcement, echo_request, text,
+};
+
+/// W1, end to end: the bytes a worker sends are those that the tables promise.
+#[test]
+fn a_session_by_hand_is_answered_byte_for_byte() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        peer.adds(0x0102_0304_0506_0708);
+        let payload: Vec<u8> = (100..124).collect();
+        let descriptor = Descriptor::inline(F32, &[2, 3], 24);
+        peer.send(&echo_request(8, &descriptor, &payload).bytes());
+        let reply = peer.expect(REPLY);
+        assert_eq!((reply.call, reply.offset), (8, 0));
+        assert_eq!((reply.table, reply.metadata, reply.payload), (descriptor.bytes(), vec![0], payload));
+        target.shutdown();
+    });
+}
+
+#[test]
+fn frames_may_arrive_in_any_pieces() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        let descriptor = Descriptor::inline(F32, &[2, 3], 24);
+        let frames = [echo_request(1, &descriptor, &[7; 24]).bytes(), add_request(2).bytes()].concat();
+        for piece in [1, 7, 63, 64, 65, 200] {
+            for bytes in frames.chunks(piece) {
+                peer.send(bytes);
+            }
+            let mut replies = [peer.expect(REPLY), peer.expect(REPLY)];
+            replies.sort_by_key(|reply| reply.call);
+            assert_eq!((replies[0].call, &replies[0].payload[..]), (1, &[7; 24][..]));
+            assert_eq!((replies[1].call, &replies[1].metadata[..]), (2, &[10][..]));
+        }
+        target.shutdown();
+    });
+}
+
+#[test]
+fn a_function_id_that_was_not_announced_is_refused() {
+    bounded(|| {
+        let target = Target::new();
+        for id in [2, 5, u32::MAX] {
+            let request = Frame { function: id, ..add_request(1) };
+            target.refuses(&request.bytes(), &format!("request for function id {id}, which was not announced"));
+        }
+        target.shutdown();
+    });
+}
+
+#[test]
+fn a_function_id_out_of_range_is_refused() {
+    bounded(|| {
+        let target = Target::new();
+        for id in [65_536, u32::MAX] {
+            let why = format!("malformed function announcement: function id {id} of at most 65536");
+            target.refuses(&announcement(id, "test::add", "(i64, i64) -> i64").bytes(), &why);
+        }
+        // The largest is fine, and those below it stay unannounced.
+        let mut peer = target.peer();
+        peer.send(&announcement(65_535, "test::add", "(i64, i64) -> i64").bytes());
+        peer.send(&Frame { function: 65_535, ..add_request(4) }.bytes());
+        assert_eq!(peer.expect(REPLY).metadata, [10]);
+        peer.send(&Frame { function: 65_534, ..add_request(5) }.bytes());
+        assert!(peer.close_text().contains("65534, which was not announced"));
+        target.shutdown();
+    });
+}
+
+#[test]
+fn an_announcement_that_does_not_decode_is_refused() {
+    bounded(|| {
+        let target = Target::new();
+        let good = announcement(2, "test::add", "(i64, i64) -> i64");
+        for metadata in
+            [Vec::new(), text("only a name"), vec![0xff; 20], vec![1, 0xff, 0], good.metadata[..12].to_vec()]
+        {
+            let frame = Frame { metadata, ..good.clone() };
+            target.refuses(&frame.bytes(), "malformed function announcement");
+        }
+        target.shutdown();
+    });
+}
+
+#[test]
+fn calls_of_unknown_functions_and_signatures_are_errors_of_the_call() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        peer.send(&announcement(2, "test::addd", "(i64, i64) -> i64").bytes());
+        peer.send(&Frame { function: 2, ..add_request(1) }.bytes());
+        let error = peer.expect(ERROR);
+        let mut metadata = Cursor(&error.metadata);
+        assert_eq!((metadata.varint(), metadata.varint(), metadata.text().as_str()), (0, 1, "test::add"));
+        peer.send(&announcement(3, "test::add", "(i64) -> i64").bytes());
+        peer.send(&Frame { function: 3, ..add_request(2) }.bytes());
+        let error = peer.expect(ERROR);
+        let mut metadata = Cursor(&error.metadata);
+        assert_eq!((error.call, metadata.varint(), metadata.text().as_str()), (2, 1, "(i64, i64) -> i64"));
+        peer.adds(3);
+        target.shutdown();
+    });
+}
+
+#[test]
+fn an_answer_to_no_call_is_ignored() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        for call in [0, 1, u64::MAX, 1 << 32] {
+            peer.send(&Frame { call, metadata: vec![10], ..Frame::new(REPLY) }.bytes());
+            peer.send(&Frame { call, metadata: vec![4, 1, b'x'], ..Frame::new(ERROR) }.bytes());
+            let stray = echo_request(call, &Descriptor::inline(F32, &[2], 8), &[0; 8]);
+            peer.send(&Frame { kind: REPLY, ..stray }.bytes());
+        }
+        peer.adds(7);
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// Two calls with one id are two calls; their order is theirs.
+#[test]
+fn a_call_id_used_twice_hurts_only_its_caller() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        for _ in 0..2 {
+            peer.send(&add_request(5).bytes());
+        }
+        assert_eq!((peer.expect(REPLY).call, peer.expect(REPLY).call), (5, 5));
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn a_caller_that_leaves_in_mid_call_leaves_nothing_behind() {
+    bounded(|| {
+        let target = Target::new();
+        let key = unique("left");
+        let before = target.agent().in_flight();
+        let mut peer = target.peer();
+        peer.send(&announcement(2, "test::hold", "(String) -> bool").bytes());
+        for call in 0..10 {
+            peer.send(&Frame { call, function: 2, metadata: text(&key), ..Frame::new(REQUEST) }.bytes());
+        }
+        assert!(gate(&key).wait_arrived(10));
+        drop(peer);
+        target.serves_others();
+        gate(&key).open();
+        target.serves_others();
+        assert_eq!(target.agent().in_flight(), before);
+        target.shutdown();
+    });
+}

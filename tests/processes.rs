@@ -1,0 +1,7 @@
+//! Real worker processes: killed, stopped, leaving without a word, leaving together.
+
+mod death;
+mod descriptors;
+mod joining;
+mod leaving;
+mod spawn;

@@ -1,0 +1,168 @@
+//! Worker processes of one group, killed by their ids when dropped.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use farcall::StoreServer;
+use farcall::prelude::*;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::harness::{eventually, step, unique};
+
+/// How long a process may take to end.
+const END_MAX: Duration = Duration::from_secs(20);
+
+/// The worker program, a mode of it, and the environment of a launcher.
+pub(crate) fn command(mode: &str, variables: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_farcall-test-worker"));
+    for inherited in ["RANK", "WORLD_SIZE", "STORE", "NAME", "GROUP", "BIND", "HOST_STORE"] {
+        command.env_remove(format!("FARCALL_{inherited}"));
+    }
+    command.arg(mode).envs(variables.iter().copied());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// What a process wrote.
+struct Captured(Option<JoinHandle<String>>);
+
+impl Captured {
+    fn of(pipe: Option<impl Read + Send + 'static>) -> Self {
+        let mut pipe = pipe.expect("piped");
+        Self(Some(std::thread::spawn(move || {
+            let mut text = Vec::new();
+            // What came before a broken pipe counts.
+            let _ = pipe.read_to_end(&mut text);
+            String::from_utf8_lossy(&text).into_owned()
+        })))
+    }
+
+    fn text(&mut self) -> String {
+        self.0.take().map_or_else(String::new, |reader| reader.join().expect("a reader"))
+    }
+}
+
+/// A process, its output captured, killed when dropped.
+pub(crate) struct Process {
+    child: Child,
+    stdout: Captured,
+    stderr: Captured,
+}
+
+/// How a process ended, and what it wrote.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Process {
+    pub(crate) fn spawn(mut command: Command) -> Self {
+        let mut child = command.spawn().expect("the worker program starts");
+        let (stdout, stderr) = (Captured::of(child.stdout.take()), Captured::of(child.stderr.take()));
+        Self { child, stdout, stderr }
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        // Not reaped before `end`, so the id is its own.
+        kill_process(self.pid(), signal).expect("a child can be signalled");
+    }
+
+    /// Open descriptors.
+    pub(crate) fn descriptors(&self) -> usize {
+        let directory = PathBuf::from(format!("/proc/{}/fd", self.child.id()));
+        std::fs::read_dir(directory).expect("a live process").count()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn end(mut self) -> Ended {
+        step(format_args!("the end of process {}", self.child.id()));
+        let mut status = None;
+        eventually("the process ends", END_MAX, || {
+            status = self.child.try_wait().expect("a child");
+            status.is_some()
+        });
+        let (stdout, stderr) = (self.stdout.text(), self.stderr.text());
+        Ended { status: status.expect("set when it ended"), stdout, stderr }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Ended already, or ends now.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A group of worker processes, and this process as its rank 0 unless told otherwise.
+pub(crate) struct Processes {
+    /// By rank; `None` for this process's and those that have ended.
+    pub(crate) workers: Vec<Option<Process>>,
+    pub(crate) group: String,
+    pub(crate) store: StoreServer,
+}
+
+impl Processes {
+    /// Starts workers for the ranks of `modes` that have one, in a group of as many as there are modes.
+    pub(crate) fn start(modes: &[Option<&str>], variables: &[(&str, &str)]) -> Self {
+        step("starting processes");
+        let store = StoreServer::bind("127.0.0.1:0").expect("a store");
+        let group = unique("processes");
+        let (world, address) = (modes.len().to_string(), store.address().to_string());
+        let start = |rank: usize, mode: &str| {
+            let mut command = command(mode, variables);
+            command.env("FARCALL_RANK", rank.to_string()).env("FARCALL_WORLD_SIZE", &world);
+            command.env("FARCALL_STORE", &address).env("FARCALL_GROUP", &group).env("FARCALL_HOST_STORE", "0");
+            Process::spawn(command)
+        };
+        let workers = modes.iter().enumerate().map(|(rank, mode)| mode.map(|mode| start(rank, mode))).collect();
+        Self { workers, group, store }
+    }
+
+    /// `n` workers that serve, and this process's agent as rank 0 of `n` + 1.
+    pub(crate) fn serving(n: usize) -> (Self, Agent) {
+        let modes: Vec<_> = std::iter::once(None).chain(vec![Some("serve"); n]).collect();
+        let processes = Self::start(&modes, &[]);
+        let agent = processes.join(|_| {});
+        (processes, agent)
+    }
+
+    /// This process joins as rank 0.
+    pub(crate) fn join(&self, change: impl FnOnce(&mut Options)) -> Agent {
+        step("joining a group of processes");
+        let mut options = Options::new(0, self.workers.len() as u32, self.store.address().to_string());
+        (options.host_store, options.group) = (false, self.group.clone());
+        change(&mut options);
+        Agent::join_blocking(options).expect("joins")
+    }
+
+    pub(crate) fn worker(&self, rank: usize) -> &Process {
+        self.workers[rank].as_ref().expect("a process")
+    }
+
+    /// Kills a worker and waits until the system has buried it.
+    pub(crate) fn kill(&mut self, rank: usize) {
+        let worker = self.workers[rank].take().expect("a process");
+        worker.signal(Signal::KILL);
+        assert!(!worker.end().status.success());
+    }
+
+    /// This process leaves, and every worker ends with success.
+    pub(crate) fn shutdown(mut self, agent: &Agent) {
+        step("the group's shutdown");
+        agent.shutdown_blocking().expect("leaves in order");
+        for worker in self.workers.iter_mut().filter_map(Option::take) {
+            let ended = worker.end();
+            assert!(ended.status.success(), "{ended:?}");
+        }
+    }
+}
