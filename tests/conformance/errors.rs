@@ -46,6 +46,7 @@ fn call_id(function: &'static str) -> CallId {
 /// What `run` makes of w1, from w0; afterwards both still answer.
 fn fails(run: impl FnOnce(&To<'_>) -> CallError) -> CallError {
     let group = Group::new(2);
+    group.answers(); // connected: a deadline of 1 ms is no deadline for that
     let error = run(&group.agents[0].to("w1"));
     group.answers();
     assert_eq!(group.agents[0].in_flight(), 0);

@@ -93,7 +93,7 @@ fn a_worker_killed_while_it_receives_64_mib_fails_the_call() {
         let (mut processes, agent) = Processes::serving(2);
         assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 lives"), 5);
         // Stopped, it takes only what the kernel buffers: the transfer is under way and cannot end.
-        processes.worker(1).signal(Signal::STOP);
+        processes.worker(1).stop();
         let big = pattern::run(BIG, 1).expect("memory");
         let reply = agent.to("w1").call(hash, (&big,));
         halfway(address(&agent, 1).port());
@@ -176,7 +176,7 @@ fn a_stopped_worker_fails_calls_by_their_deadlines_only() {
     bounded(|| {
         let (processes, agent) = Processes::serving(2);
         assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 lives"), 5);
-        processes.worker(1).signal(Signal::STOP);
+        processes.worker(1).stop();
         let error = agent.to("w1").deadline(Duration::from_millis(200)).call(add, (2, 3)).wait();
         assert!(matches!(error, Err(CallError::Deadline { .. } | CallError::PeerLost { .. })), "{error:?}");
         assert_eq!(agent.to("w2").call(add, (2, 3)).wait().expect("w2 lives"), 5);

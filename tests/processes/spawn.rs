@@ -76,6 +76,20 @@ impl Process {
         kill_process(self.pid(), signal).expect("a child can be signalled");
     }
 
+    /// Stops every thread of it; a signal alone is only on its way.
+    pub(crate) fn stop(&self) {
+        self.signal(Signal::STOP);
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        crate::harness::eventually("every thread has stopped", Duration::from_secs(10), || {
+            let threads = std::fs::read_dir(&tasks).expect("a live process");
+            threads.flatten().all(|thread| {
+                // A thread that ended meanwhile has no state, and does nothing.
+                let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+                stat.rsplit_once(") ").is_none_or(|(_, fields)| fields.starts_with('T'))
+            })
+        });
+    }
+
     /// Open descriptors.
     pub(crate) fn descriptors(&self) -> usize {
         let directory = PathBuf::from(format!("/proc/{}/fd", self.child.id()));

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use farcall_device::Runtime;
 use farcall_device::codec::encode;
-use farcall_transport::{CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, WorkerId, WorkerInfo};
+use farcall_transport::{
+    CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo,
+};
 use tokio::runtime::Handle;
 
 use crate::call::{CallTable, Reply, Slot, lock};
@@ -184,7 +186,7 @@ impl Inner {
     }
 
     /// The open or opening endpoint to `rank`; dialed on first use and after a loss.
-    fn route(&self, rank: u32) -> Result<(Arc<Endpoint>, Arc<Link>), farcall_transport::TransferError> {
+    fn route(&self, rank: u32) -> Result<(Arc<Endpoint>, Arc<Link>), TransferError> {
         let route = &self.routes()[rank as usize];
         let mut current = lock(&route.current);
         if let Some((endpoint, link)) = &*current
@@ -196,6 +198,19 @@ impl Inner {
         let endpoint = Endpoint::dial(&self.driver, &route.info, Arc::clone(&link) as Arc<dyn Peer>)?;
         *current = Some((Arc::clone(&endpoint), Arc::clone(&link)));
         Ok((endpoint, link))
+    }
+
+    /// Lets calls to a worker that dialed this one share its connection, unless they have one of their own. (Two that dial
+    /// each other at once keep one each.)
+    pub(crate) fn adopt(&self, worker: &WorkerId, endpoint: &Arc<Endpoint>, link: &Arc<Link>) {
+        let Some(route) = self.routes().get(worker.rank as usize) else { return };
+        // A restarted or foreign worker may use the rank; calls go to the one that joined.
+        if endpoint.remote() == Some(&route.info)
+            && let Ok(mut current) = route.current.try_lock()
+            && current.is_none()
+        {
+            *current = Some((Arc::clone(endpoint), Arc::clone(link)));
+        }
     }
 
     /// A closed endpoint is no route any more.
@@ -230,18 +245,8 @@ impl Drop for Inner {
 pub(crate) struct Acceptor(pub(crate) Weak<Inner>);
 
 impl Service for Acceptor {
-    fn on_open(&self, endpoint: &Arc<Endpoint>, remote: &WorkerInfo) -> Arc<dyn Peer> {
-        let link = Link::new(&self.0, remote.id.clone());
-        let agent = self.0.upgrade();
-        if let Some(route) = agent.as_ref().and_then(|agent| agent.routes().get(remote.id.rank as usize))
-            && route.info == *remote
-            && let Ok(mut current) = route.current.try_lock()
-            && current.is_none()
-        {
-            // Calls back to it share its connection. Two that dial each other at once keep one each.
-            *current = Some((Arc::clone(endpoint), Arc::clone(&link)));
-        }
-        link
+    fn on_open(&self, remote: &WorkerInfo) -> Arc<dyn Peer> {
+        Link::new(&self.0, remote.id.clone())
     }
 
     fn on_timer(&self, now: Instant) -> Option<Instant> {
@@ -348,9 +353,13 @@ impl To<'_> {
                 link.request(&endpoint, &slot, &agent.intern::<F>(), &encoded);
                 Reply::new(slot, Some(endpoint))
             }
+            Err(TransferError::Closed { .. }) => {
+                slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+                Reply::new(slot, None)
+            }
             Err(error) => {
                 let cause = Arc::new(match error {
-                    farcall_transport::TransferError::Os { source, .. } => {
+                    TransferError::Os { source, .. } => {
                         CloseCause::Connect { address: agent.routes()[rank as usize].info.address, source }
                     }
                     _ => CloseCause::PeerLost { source: None },
@@ -386,11 +395,14 @@ impl To<'_> {
         let this = Weak::clone(&agent.this);
         // It only hands on; what the handler costs is accounted with the handler.
         let hand_on = Arc::clone(&agent.hand_on);
-        agent.driver.spawn(Job::new(&hand_on, move |turn| {
+        let spawned = agent.driver.spawn(Job::new(&hand_on, move |turn| {
             run(registered, cx, encoded, turn, move |answer, _| {
                 let Some(slot) = this.upgrade().and_then(|agent| lock(&agent.local).remove(call)) else { return };
                 slot.complete(answer.map_err(|failure| call_error(&slot, failure)));
             });
         }));
+        if !spawned && let Some(slot) = lock(&agent.local).remove(call) {
+            slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+        }
     }
 }

@@ -25,6 +25,9 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Longer deadlines mean this one: a bound (BOUNDED), and far from where clocks overflow.
+const DEADLINE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
 enum State {
     Waiting(Option<Waker>),
     /// As `Waiting`, with a thread in [`Slot::park`].
@@ -51,6 +54,7 @@ pub(crate) struct Slot {
 
 impl Slot {
     pub(crate) fn new(id: CallId, signature: &'static str, after: Duration) -> Arc<Self> {
+        let after = after.min(DEADLINE_MAX);
         let deadline = Instant::now() + after;
         Arc::new(Self {
             id,

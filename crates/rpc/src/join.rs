@@ -23,7 +23,7 @@ use crate::error::JoinError;
 const DRAIN_TICK: Duration = Duration::from_millis(2);
 /// How long threads may take to end after everything was closed.
 const STOP_WAIT: Duration = Duration::from_secs(2);
-/// How long one wait of a serving worker lasts.
+/// How long one wait for the others lasts.
 const SERVE_WAIT: Duration = Duration::from_secs(600);
 
 /// How a worker joins its group. [`Options::from_env`] reads what a launcher such as `farcall run` set.
@@ -214,10 +214,10 @@ impl Agent {
             shutdown_timeout: options.shutdown_timeout,
         };
         agent.set_workers(meet_workers(&group, &driver.config().worker, deadline)?);
-        // Who joined faster may dial already: the socket listens. It is answered now, when handlers know the group.
-        driver.start(Arc::new(Acceptor(Arc::downgrade(agent.inner()))))?;
         // Set once, here.
         let _ = agent.inner().group.set(group);
+        // Who joined faster may dial already: the socket listens. It is answered now, when handlers know the group.
+        driver.start(Arc::new(Acceptor(Arc::downgrade(agent.inner()))))?;
         Ok(agent)
     }
 
@@ -274,9 +274,10 @@ impl Agent {
         }
         let rank = self.worker().rank;
         let met = loop {
-            // A store bounds each wait; who serves without a limit asks again.
-            match group.meet("done", rank, deadline.unwrap_or_else(|| Instant::now() + SERVE_WAIT)) {
-                Err(StoreError::Missing { .. }) if deadline.is_none() => {}
+            // A store bounds each wait: who has longer asks again.
+            let slice = Instant::now() + SERVE_WAIT;
+            match group.meet("done", rank, deadline.map_or(slice, |deadline| deadline.min(slice))) {
+                Err(StoreError::Missing { .. }) if in_time() => {}
                 met => break met,
             }
         };

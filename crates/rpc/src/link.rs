@@ -113,7 +113,7 @@ impl Link {
             let message = format!("request for function id {}, which was not announced", frame.function);
             return Err(ProtocolError::Malformed { what: "request", message });
         };
-        let reply = ReplyTo { endpoint: Arc::clone(endpoint), call: frame.call };
+        let reply = ReplyTo { endpoint: Arc::clone(endpoint), call: frame.call, answered: false };
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
         let registered = match target {
             Ok(registered) => registered,
@@ -195,13 +195,25 @@ where
     }
 }
 
+/// The one answer to a request.
 struct ReplyTo {
     endpoint: Arc<Endpoint>,
     call: u64,
+    answered: bool,
+}
+
+impl Drop for ReplyTo {
+    /// A handler's task that ends with its runtime answers nothing: its caller hears of that now, not at its deadline.
+    fn drop(&mut self) {
+        if !self.answered {
+            self.send_failure(&Failure::Reply { message: "the handler was dropped before it ended".to_owned() }, None);
+        }
+    }
 }
 
 impl ReplyTo {
-    fn send(&self, answer: Result<Encoded, Failure>, turn: Option<&mut Turn>) {
+    fn send(mut self, answer: Result<Encoded, Failure>, turn: Option<&mut Turn>) {
+        self.answered = true;
         let failure = match answer {
             Ok(encoded) => {
                 let outbound = Outbound {
@@ -275,6 +287,12 @@ pub(crate) fn stage(endpoint: &Endpoint) -> Stage {
 }
 
 impl Peer for Link {
+    fn on_opened(self: Arc<Self>, endpoint: &Arc<Endpoint>) {
+        if let Some(agent) = self.agent.upgrade() {
+            agent.adopt(&self.worker, endpoint, &self);
+        }
+    }
+
     fn on_frame(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
         match frame.kind {
             Kind::Request => self.on_request(endpoint, frame, turn),

@@ -9,6 +9,9 @@ use farcall_transport::JobCost;
 use crate::error::JoinError;
 use crate::function::{Function, Handler};
 
+/// Longer names get no suggestion: comparing costs their length times that of each name here.
+const NEAREST_BYTES_MAX: usize = 256;
+
 /// What `#[farcall::function]` submits to `inventory`.
 pub struct Registration {
     name: &'static str,
@@ -91,6 +94,9 @@ impl Registry {
 
     /// The registered name most like `name`, if any is close.
     pub(crate) fn nearest(&self, name: &str) -> Option<&'static str> {
+        if name.len() > NEAREST_BYTES_MAX {
+            return None;
+        }
         let last = |name: &str| name.rsplit("::").next().map(str::to_owned);
         let by_distance = |known: &&'static str| (last(known) != last(name), distance(known, name), *known);
         let best = self.functions.keys().copied().min_by_key(by_distance)?;

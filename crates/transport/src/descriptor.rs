@@ -124,6 +124,8 @@ impl Descriptor {
             .ok_or(ProtocolError::DeviceKind { found: fixed.device_kind })?;
         let mode = match (fixed.mode, fixed.transfer) {
             (0, 0) => Mode::Inline,
+            // Nothing to wait for would be waited for.
+            (1, _) if fixed.len == 0 => return Err(ProtocolError::Mode { found: 1 }),
             (1, transfer) => Mode::Bulk(transfer),
             (mode, _) => return Err(ProtocolError::Mode { found: mode }),
         };

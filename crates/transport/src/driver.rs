@@ -46,6 +46,8 @@ const FLUSH_AFTER: Duration = Duration::from_micros(20);
 const IDLE_EXIT: Duration = Duration::from_secs(5);
 /// How long a closed connection is read on, so that the goodbye is not lost to a reset.
 const LINGER: Duration = Duration::from_millis(500);
+/// How often a stopping driver looks whether all goodbyes are taken.
+const GOODBYE_TICK: Duration = Duration::from_millis(1);
 const WAKE: u64 = 0;
 const LISTENER: u64 = 1;
 const FIRST_TOKEN: u64 = 2;
@@ -137,13 +139,15 @@ impl Turn {
 /// What an agent makes of the peers that dial it.
 pub trait Service: Send + Sync + 'static {
     /// A peer said hello; gives what handles its frames. Called by the leader; must not block.
-    fn on_open(&self, endpoint: &Arc<Endpoint>, remote: &WorkerInfo) -> Arc<dyn Peer>;
+    fn on_open(&self, remote: &WorkerInfo) -> Arc<dyn Peer>;
     /// Fails what is overdue beyond any endpoint; gives the next deadline.
     fn on_timer(&self, now: Instant) -> Option<Instant>;
 }
 
 /// The agent's view of one endpoint. Called by whichever thread drives it; no method may block.
 pub trait Peer: Send + Sync + 'static {
+    /// The peer was let in and welcomed: from now on frames may be sent. Not called for endpoints that this side dialed.
+    fn on_opened(self: Arc<Self>, endpoint: &Arc<Endpoint>);
     /// A frame arrived, tensors included.
     ///
     /// # Errors
@@ -176,8 +180,35 @@ pub struct DriverConfig {
 enum Source {
     Greeting(Arc<Greeting>),
     Control(Arc<Endpoint>),
-    Bulk(Arc<Endpoint>),
+    Bulk(Arc<Endpoint>, Registration),
     Draining(Registration, Instant),
+}
+
+/// What the sockets in the epoll set belong to.
+#[derive(Default)]
+struct Sources {
+    by_token: HashMap<u64, Source>,
+    /// The driver has stopped: nothing is added any more.
+    closed: bool,
+}
+
+impl Sources {
+    fn close(&mut self) -> Vec<Source> {
+        self.closed = true;
+        std::mem::take(&mut self.by_token).into_values().collect()
+    }
+
+    fn values(&self) -> impl Iterator<Item = &Source> {
+        self.by_token.values()
+    }
+}
+
+fn close_all(sources: Vec<Source>) {
+    for source in sources {
+        if let Source::Control(endpoint) = source {
+            endpoint.close(CloseCause::LocalShutdown);
+        }
+    }
 }
 
 /// A socket in the epoll set, with the events it waits for.
@@ -249,7 +280,7 @@ pub struct Driver {
     /// No descriptors were left: no accepting until then.
     accept_paused_until: Mutex<Option<Instant>>,
     service: Mutex<Option<Arc<dyn Service>>>,
-    sources: Mutex<HashMap<u64, Source>>,
+    sources: Mutex<Sources>,
     /// Endpoints with replies that wait for company. Shared, so that who takes the leading role from a busy thread sends
     /// what that thread has left behind.
     unflushed: Mutex<Vec<Arc<Endpoint>>>,
@@ -350,23 +381,24 @@ impl Driver {
     /// Blocks until the threads have ended, at most for `timeout`: a handler that goes on keeps its thread until it
     /// returns. Called from a job, it waits for the other threads. Idempotent.
     pub fn stop(self: &Arc<Self>, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        // Nobody may dial in any more: a backlog would keep the dialers waiting.
+        let _ = self.listener.socket().shutdown(Shutdown::Both);
         let sources: Vec<Source> = lock(&self.sources).values().cloned().collect();
-        for source in sources {
-            if let Source::Control(endpoint) = source {
-                endpoint.close(CloseCause::LocalShutdown);
-            }
+        close_all(sources);
+        let on_own_thread = lock(&self.pool).threads.contains(&thread::current().id());
+        if !on_own_thread {
+            self.await_goodbyes(deadline.min(Instant::now() + LINGER));
         }
         lock(&self.pool).stop = true;
         self.work.notify_all();
         self.wake_leader();
         self.tick_watchdog(WATCH_TICK);
-        let deadline = Instant::now() + timeout;
         let mut pool = lock(&self.pool);
-        let others = usize::from(pool.threads.contains(&thread::current().id()));
-        while pool.threads.len() > others {
+        while pool.threads.len() > usize::from(on_own_thread) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                tracing::warn!(threads = pool.threads.len() - others, "handlers still run after shutdown");
+                tracing::warn!(threads = pool.threads.len(), "handlers still run after shutdown");
                 break;
             }
             pool = match self.ended.wait_timeout(pool, left) {
@@ -374,29 +406,43 @@ impl Driver {
                 Err(poisoned) => poisoned.into_inner().0,
             };
         }
+        // What is dropped here may run foreign code: not under these locks.
+        let jobs = std::mem::take(&mut pool.jobs);
         drop(pool);
-        // Accepted or dialed while the threads ended.
-        for source in std::mem::take(&mut *lock(&self.sources)).into_values() {
-            if let Source::Control(endpoint) = source {
-                endpoint.close(CloseCause::LocalShutdown);
-            }
-        }
-        lock(&self.sources).clear();
-        lock(&self.pool).jobs.clear();
-        *lock(&self.service) = None;
+        drop(jobs);
+        // Accepted or dialed while the threads ended; from now on none is added.
+        let rest = lock(&self.sources).close();
+        close_all(rest);
+        let service = lock(&self.service).take();
+        drop(service);
     }
 
-    /// Runs `job` on the pool, from any thread.
-    pub fn spawn(&self, job: Job) {
+    /// Waits until the peers have taken their goodbyes, so that no reset overtakes them.
+    fn await_goodbyes(&self, deadline: Instant) {
+        while Instant::now() < deadline
+            && lock(&self.sources).values().any(|source| matches!(source, Source::Draining(..)))
+        {
+            thread::sleep(GOODBYE_TICK);
+        }
+    }
+
+    /// Runs `job` on the pool, from any thread. `false`: the driver has stopped, and dropped the job.
+    pub fn spawn(&self, job: Job) -> bool {
         let mut pool = lock(&self.pool);
         if pool.stop {
-            return;
+            drop(pool);
+            return false;
         }
         pool.jobs.push_back(job);
         // Of the idle, some may be on their way to earlier jobs: a job too many is the leader's, who must not sleep on it.
         let idle = pool.idle >= pool.jobs.len();
         drop(pool);
-        if idle { self.work.notify_one() } else { self.wake_leader() }
+        if idle {
+            self.work.notify_one()
+        } else {
+            self.wake_leader()
+        }
+        true
     }
 
     /// Makes the leader look at the deadlines at `when`.
@@ -470,26 +516,30 @@ impl Driver {
     fn lead(self: &Arc<Self>, term: u64, turn: &mut Turn) {
         self.flush_all();
         while self.leads(term) {
-            {
+            let backlog = {
                 let pool = lock(&self.pool);
                 if pool.stop {
                     return;
                 }
-                let backlog = !pool.jobs.is_empty();
-                drop(pool);
-                self.poll(backlog, turn);
-            }
+                self.may_run(&pool)
+            };
+            self.poll(backlog, turn);
             turn.flush();
             let may_run = {
                 let mut pool = lock(&self.pool);
                 pool.jobs.extend(turn.jobs.drain(..));
-                // With no thread left to lead, jobs wait for a worker: replies and deadlines must not.
-                !pool.jobs.is_empty() && (pool.idle > 0 || pool.threads.len() < self.config.threads_max)
+                self.may_run(&pool)
             };
             if may_run {
                 self.run_jobs_as_leader(term, turn);
             }
         }
+    }
+
+    /// Jobs wait, and the leader may take one: another thread is left to lead. Else they wait for a worker, as replies and
+    /// deadlines must not.
+    fn may_run(&self, pool: &Pool) -> bool {
+        !pool.jobs.is_empty() && (pool.idle > 0 || pool.threads.len() < self.config.threads_max)
     }
 
     /// Waits for events, unless jobs wait already, and hands them to their sources.
@@ -512,7 +562,7 @@ impl Driver {
                     let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
                 }
                 LISTENER => self.accept(),
-                _ => self.dispatch(token, flags, turn),
+                _ => self.dispatch_guarded(token, flags, turn),
             }
         }
         if self.micros(Instant::now()) >= self.next_timer_us.load(Ordering::SeqCst) {
@@ -538,35 +588,39 @@ impl Driver {
     /// Runs jobs until none is left or the role is: given away before a long one, or taken by the watchdog.
     fn run_jobs_as_leader(self: &Arc<Self>, term: u64, turn: &mut Turn) {
         let mut waiting_since = None;
-        while self.leads(term) {
-            let Some(job) = lock(&self.pool).jobs.pop_front() else { break };
-            let short = job.cost.is_short();
-            if short {
-                self.jobs_begun.fetch_add(1, Ordering::SeqCst);
-                self.busy_term.store(term, Ordering::SeqCst);
-                if !self.watching.load(Ordering::SeqCst) {
-                    self.watching.store(true, Ordering::SeqCst);
-                    self.tick_watchdog(WATCH_TICK);
+        loop {
+            let (job, alone) = {
+                // One lock for the role, the job and who is busy: `pass_role` takes it, too.
+                let mut pool = lock(&self.pool);
+                if !self.leads(term) || !self.may_run(&pool) {
+                    break;
                 }
-            } else {
+                let Some(job) = pool.jobs.pop_front() else { break };
+                let alone = !job.cost.is_short() && self.pass_role(&mut pool, term);
+                if !alone {
+                    self.jobs_begun.fetch_add(1, Ordering::SeqCst);
+                    self.busy_term.store(term, Ordering::SeqCst);
+                }
+                (job, alone)
+            };
+            if alone {
+                self.work.notify_one();
                 self.flush_all();
-                self.pass_role(&mut lock(&self.pool), term);
+            } else if !self.watching.swap(true, Ordering::SeqCst) {
+                self.tick_watchdog(WATCH_TICK);
             }
             job.run(turn);
             // Fails when the role was taken away: then it speaks of another leader.
             let _ = self.busy_term.compare_exchange(term, 0, Ordering::SeqCst, Ordering::SeqCst);
-            if !turn.jobs.is_empty() {
-                // What the job has spawned is next, here or with whoever leads now.
-                lock(&self.pool).jobs.extend(turn.jobs.drain(..));
-                if !self.leads(term) {
-                    self.wake_leader();
-                }
+            // What the job has spawned is next, here or with whoever leads now.
+            for job in turn.jobs.drain(..) {
+                self.spawn(job);
             }
             if !turn.dirty.is_empty() {
                 lock(&self.unflushed).append(&mut turn.dirty);
                 waiting_since.get_or_insert_with(Instant::now);
             }
-            if !short || waiting_since.is_some_and(|since| since.elapsed() > FLUSH_AFTER) {
+            if alone || waiting_since.is_some_and(|since| since.elapsed() > FLUSH_AFTER) {
                 self.flush_all();
                 waiting_since = None;
             }
@@ -574,20 +628,21 @@ impl Driver {
         self.flush_all();
     }
 
-    /// Makes another thread lead, if `term` is still the leader's.
-    fn pass_role(self: &Arc<Self>, pool: &mut Pool, term: u64) {
+    /// Takes the role from the leader of `term` and finds another thread for it, which the caller must notify. `false`: that
+    /// one does not lead any more, or no thread can be had; then the watchdog tries again.
+    fn pass_role(self: &Arc<Self>, pool: &mut Pool, term: u64) -> bool {
         if !self.leads(term) || pool.stop {
-            return;
+            return false;
         }
         if pool.idle == 0
             && let Err(error) = self.spawn_thread(pool)
         {
             tracing::error!(%error, "no thread to lead while a handler runs");
-            return;
+            return false;
         }
         pool.led = false;
         self.term.fetch_add(1, Ordering::SeqCst);
-        self.work.notify_one();
+        true
     }
 
     fn flush_all(&self) {
@@ -636,8 +691,10 @@ impl Driver {
             let busy_term = self.busy_term.load(Ordering::SeqCst);
             if begun != seen {
                 (seen, idle_ticks) = (begun, 0);
-            } else if busy_term != 0 {
-                self.pass_role(&mut pool, busy_term);
+            } else if busy_term != 0 && self.leads(busy_term) {
+                if self.pass_role(&mut pool, busy_term) {
+                    self.work.notify_one();
+                }
             } else {
                 idle_ticks += 1;
             }
@@ -646,8 +703,8 @@ impl Driver {
                 idle_ticks = 0;
                 self.tick_watchdog(Duration::ZERO);
                 self.watching.store(false, Ordering::SeqCst);
-                if self.jobs_begun.load(Ordering::SeqCst) != seen {
-                    // A leader began a job and still saw the watchdog tick.
+                if self.jobs_begun.load(Ordering::SeqCst) != seen || lock(&self.pool).stop {
+                    // A leader began a job and still saw the watchdog tick, or the last tick was asked for meanwhile.
                     self.watching.store(true, Ordering::SeqCst);
                     self.tick_watchdog(WATCH_TICK);
                 }
@@ -662,10 +719,23 @@ impl Driver {
     }
 
     fn add(&self, registration: &Registration, flags: EventFlags, source: Source) -> Result<(), TransferError> {
-        lock(&self.sources).insert(registration.0.token, source);
-        *lock(&registration.0.interest) = flags;
-        epoll::add(&self.epoll, registration.socket(), EventData::new_u64(registration.0.token), flags)
-            .map_err(|errno| TransferError::os("epoll_ctl")(errno.into()))
+        {
+            let mut sources = lock(&self.sources);
+            if sources.closed {
+                return Err(TransferError::Closed { cause: Arc::new(CloseCause::LocalShutdown) });
+            }
+            sources.by_token.insert(registration.0.token, source);
+        }
+        // Held over the call, so that what others come to want meanwhile is not lost.
+        let mut interest = lock(&registration.0.interest);
+        *interest |= flags;
+        let data = EventData::new_u64(registration.0.token);
+        let added = epoll::add(&self.epoll, registration.socket(), data, *interest);
+        drop(interest);
+        added.map_err(|errno| {
+            self.remove(registration);
+            TransferError::os("epoll_ctl")(errno.into())
+        })
     }
 
     pub(crate) fn add_control(&self, endpoint: &Arc<Endpoint>, flags: EventFlags) -> Result<(), TransferError> {
@@ -678,11 +748,12 @@ impl Driver {
         registration: &Registration,
         flags: EventFlags,
     ) -> Result<(), TransferError> {
-        self.add(registration, flags, Source::Bulk(Arc::clone(endpoint)))
+        self.add(registration, flags, Source::Bulk(Arc::clone(endpoint), registration.clone()))
     }
 
     pub(crate) fn remove(&self, registration: &Registration) {
-        lock(&self.sources).remove(&registration.0.token);
+        let source = lock(&self.sources).by_token.remove(&registration.0.token);
+        drop(source);
         // Already gone from the set when the endpoint never got into it.
         let _ = epoll::delete(&self.epoll, registration.socket());
     }
@@ -695,18 +766,28 @@ impl Driver {
     pub(crate) fn linger(&self, registration: &Registration) {
         let until = Instant::now() + LINGER;
         let _ = registration.socket().shutdown(Shutdown::Write);
-        lock(&self.sources).insert(registration.0.token, Source::Draining(registration.clone(), until));
+        let before = {
+            let mut sources = lock(&self.sources);
+            if sources.closed {
+                return;
+            }
+            sources.by_token.insert(registration.0.token, Source::Draining(registration.clone(), until))
+        };
+        drop(before);
         registration.set(self, EventFlags::IN);
         self.schedule(until);
     }
 
     fn dispatch(self: &Arc<Self>, token: u64, flags: EventFlags, turn: &mut Turn) {
-        let source = lock(&self.sources).get(&token).cloned();
+        let source = lock(&self.sources).by_token.get(&token).cloned();
         match source {
             Some(Source::Control(endpoint)) => endpoint.on_control_event(flags, turn),
-            Some(Source::Bulk(endpoint)) => endpoint.on_bulk_event(flags, turn),
+            Some(Source::Bulk(endpoint, registration)) if endpoint.closed().is_some() => self.remove(&registration),
+            Some(Source::Bulk(endpoint, _)) => endpoint.on_bulk_event(flags, turn),
             Some(Source::Greeting(greeting)) => self.on_greeting_event(&greeting),
             Some(Source::Draining(registration, _)) => {
+                // A late wish to write would be granted for ever.
+                registration.want(self, EventFlags::OUT, false);
                 let mut waste = [MaybeUninit::uninit(); 16 << 10];
                 match tcp::recv(registration.socket(), &mut waste, tcp::Wait::No) {
                     Ok((Progress::Bytes(_) | Progress::WouldBlock, _)) => {}
@@ -715,6 +796,23 @@ impl Driver {
             }
             // Removed between the wait and now.
             None => {}
+        }
+    }
+
+    /// Foreign code runs on this thread, too: wakers, log subscribers, releases of foreign memory. Should one panic, the
+    /// connection ends, not the agent.
+    fn dispatch_guarded(self: &Arc<Self>, token: u64, flags: EventFlags, turn: &mut Turn) {
+        if catch_unwind(AssertUnwindSafe(|| self.dispatch(token, flags, turn))).is_err() {
+            tracing::error!("a panic while a connection was served; it is closed");
+            let source = lock(&self.sources).by_token.get(&token).cloned();
+            match source {
+                Some(Source::Control(endpoint) | Source::Bulk(endpoint, _)) => {
+                    endpoint.close(CloseCause::PeerLost { source: None });
+                }
+                Some(Source::Greeting(greeting)) => self.remove(&greeting.registration),
+                Some(Source::Draining(registration, _)) => self.remove(&registration),
+                None => {}
+            }
         }
     }
 
@@ -738,8 +836,8 @@ impl Driver {
         for source in sources {
             let next = match &source {
                 Source::Control(endpoint) => endpoint.on_timer(now),
-                // Its control connection keeps time for it.
-                Source::Bulk(_) => None,
+                // Its endpoint keeps time for it.
+                Source::Bulk(..) => None,
                 Source::Greeting(greeting) if greeting.deadline <= now => {
                     let (what, timeout) = ("hello", self.config.connect_timeout);
                     self.refuse(greeting, ProtocolError::Stalled { what, timeout });
@@ -885,12 +983,18 @@ impl Driver {
         }
         let key = u128::from_ne_bytes(key);
         let opened = Endpoint::accepted(self, socket, hello, key).and_then(|endpoint| {
+            let peer = service.on_open(&remote);
+            let admitted = endpoint.welcome(Arc::clone(&peer), features);
             lock(&self.bulk_keys).insert(key, Arc::downgrade(&endpoint));
-            let peer = service.on_open(&endpoint, &remote);
-            let welcomed = endpoint.welcome(peer, features);
-            self.add_control(&endpoint, EventFlags::IN)?;
-            if let Err(cause) = welcomed {
-                endpoint.close(cause);
+            match admitted {
+                Err(cause) => endpoint.close(cause),
+                Ok(()) => {
+                    self.add_control(&endpoint, EventFlags::IN).inspect_err(|_| {
+                        endpoint.close(CloseCause::LocalShutdown);
+                    })?;
+                    // Only now may others find it: what they send goes behind the welcome, and is kept time of.
+                    peer.on_opened(&endpoint);
+                }
             }
             Ok(())
         });
@@ -915,7 +1019,7 @@ impl Driver {
 
     /// Descriptors and connections in use, for tests and tools.
     pub fn connections(&self) -> usize {
-        lock(&self.sources).len()
+        lock(&self.sources).by_token.len()
     }
 }
 

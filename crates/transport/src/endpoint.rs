@@ -37,6 +37,8 @@ const RECV_BYTES: usize = 32 << 10;
 const WIRE_KEPT_BYTES: usize = 160 << 10;
 /// Bulk bytes moved for one endpoint before the driver looks at the others.
 const BULK_TURN_BYTES: usize = 4 << 20;
+/// What a chunk counts for beside its bytes, so that many tiny ones are a turn, too.
+const CHUNK_COST_BYTES: usize = 4 << 10;
 /// How long a bulk connection may hold a chunk whose frame has not come on the control connection.
 const STALL_MAX: Duration = Duration::from_secs(10);
 
@@ -95,6 +97,8 @@ pub(crate) fn encode_frame(
             header.payload_len += descriptor.len_bytes;
             inline.push(tensor);
         } else {
+            // Unreadable tensors fail their own call, here; later they would end the connection.
+            payload(&tensor)?;
             descriptor.mode = Mode::Bulk(*next_transfer);
             bulk.push((*next_transfer, tensor));
             *next_transfer += 1;
@@ -147,8 +151,8 @@ struct ChunkOut {
 
 enum BulkLink {
     None,
-    /// Asked for: the dialer of the control connection will open it.
-    Requested,
+    /// Asked for then: the dialer of the control connection is to open it.
+    Requested(Instant),
     Connecting(Registration, Instant),
     Open(Registration),
 }
@@ -352,14 +356,14 @@ impl Endpoint {
                 return Err(error.into());
             }
         };
-        if !bulk.is_empty() {
-            self.queue_bulk(&mut tx, bulk);
-        }
-        let failed = if flush && self.status() == Status::Open { self.write_control(&mut tx).err() } else { None };
+        let queued = if bulk.is_empty() { Ok(()) } else { self.queue_bulk(&mut tx, bulk) };
+        let sent = queued.and_then(|()| {
+            if flush && self.status() == Status::Open { self.write_control(&mut tx).map_err(lost) } else { Ok(()) }
+        });
         drop(tx);
-        if let Some(error) = failed {
+        if let Err(cause) = sent {
             // The caller's waiters hear of it through `on_closed`, as with any later failure.
-            self.close(CloseCause::PeerLost { source: Some(Arc::new(error.into())) });
+            self.close(cause);
         }
         if flush {
             self.flush_bulk();
@@ -398,6 +402,11 @@ impl Endpoint {
             match tcp::send(self.control.socket(), &[IoSlice::new(&tx.wire[tx.sent..])])? {
                 Progress::Bytes(len) => tx.sent += len,
                 Progress::WouldBlock | Progress::Ended => {
+                    if tx.sent > WIRE_KEPT_BYTES && tx.sent > tx.wire.len() / 2 {
+                        // A connection that never quite empties must not grow with its traffic.
+                        tx.wire.drain(..tx.sent);
+                        tx.sent = 0;
+                    }
                     self.control.want(&self.driver, EventFlags::OUT, true);
                     return Ok(());
                 }
@@ -412,14 +421,16 @@ impl Endpoint {
 
     // ---- the bulk connection ----
 
-    fn queue_bulk(self: &Arc<Self>, tx: &mut Tx, tensors: Vec<(u64, Tensor)>) {
+    fn queue_bulk(self: &Arc<Self>, tx: &mut Tx, tensors: Vec<(u64, Tensor)>) -> Result<(), CloseCause> {
         let mut bulk = lock(&self.bulk);
         bulk.queue.extend(tensors.into_iter().map(|(transfer, tensor)| Outgoing { transfer, tensor, offset: 0 }));
         if !matches!(bulk.link, BulkLink::None) {
-            return;
+            return Ok(());
         }
         if self.dialed.is_none() {
-            bulk.link = BulkLink::Requested;
+            let now = Instant::now();
+            bulk.link = BulkLink::Requested(now);
+            self.driver.schedule(now + self.driver.config().connect_timeout);
             let request = Outbound::new(Kind::OpenBulk, &[]);
             if let Err(error) =
                 encode_frame(&request, 0, &self.driver.config().runtime, &mut tx.next_transfer, &mut tx.wire)
@@ -427,31 +438,30 @@ impl Endpoint {
                 unreachable!("a frame without tensors encodes: {error}");
             }
         } else if self.status() == Status::Open {
-            self.dial_bulk(&mut bulk);
+            return self.dial_bulk(&mut bulk);
         }
         // Else the welcome is still to come, and brings the key.
+        Ok(())
     }
 
-    /// Opens the bulk connection; a failure closes the endpoint from the driver, not from under the caller's lock.
-    fn dial_bulk(self: &Arc<Self>, bulk: &mut Bulk) {
-        let Some(address) = self.dialed else { return };
+    /// Opens the bulk connection. After a failure the caller closes the endpoint, once it has let go of its locks.
+    fn dial_bulk(self: &Arc<Self>, bulk: &mut Bulk) -> Result<(), CloseCause> {
+        let Some(address) = self.dialed else { return Ok(()) };
         let config = self.driver.config();
         let hello = Hello::new(config, Role::Bulk { key: bulk.key });
         bulk.prefix = greeting(Kind::Hello, &hello);
-        match tcp::connect(address) {
-            Ok(socket) => {
-                let registration = self.driver.register(socket);
-                if self.driver.add_bulk(self, &registration, EventFlags::OUT).is_ok() {
-                    let now = Instant::now();
-                    bulk.link = BulkLink::Connecting(registration, now);
-                    self.driver.schedule(now + config.connect_timeout);
-                    return;
-                }
-            }
-            Err(source) => tracing::warn!(%address, error = %source, "cannot open the bulk connection"),
+        if self.cause.get().is_some() {
+            return Ok(()); // closed meanwhile, and nobody would close this connection
         }
-        // Makes the peer and the driver see the end: the control connection is cut, its reader closes the endpoint.
-        let _ = self.control.socket().shutdown(Shutdown::Both);
+        let failed = |source| CloseCause::Connect { address, source: Arc::new(source) };
+        let registration = self.driver.register(tcp::connect(address).map_err(failed)?);
+        if let Err(error) = self.driver.add_bulk(self, &registration, EventFlags::OUT) {
+            return Err(failed(io::Error::other(error)));
+        }
+        let now = Instant::now();
+        bulk.link = BulkLink::Connecting(registration, now);
+        self.driver.schedule(now + config.connect_timeout);
+        Ok(())
     }
 
     /// The acceptor's side: a dialer's connection proved to be this endpoint's bulk connection.
@@ -559,6 +569,9 @@ impl Endpoint {
         if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
             // Held by another thread only while it reads this very connection.
             if let Ok(mut rx) = self.bulk_rx.try_lock() {
+                if rx.stalled.is_some() && flags.intersects(EventFlags::HUP | EventFlags::ERR) {
+                    return Err(CloseCause::PeerLost { source: None });
+                }
                 self.read_bulk(&link, &mut rx, turn)?;
             }
         }
@@ -600,6 +613,9 @@ impl Endpoint {
                 }
                 rx.head_len = 0;
                 let (header, kind) = Header::parse(&rx.head, &self.driver.config().limits)?;
+                if kind == Kind::Close {
+                    return Err(CloseCause::Refused { text: "it refused the bulk connection".to_owned() });
+                }
                 if kind != Kind::Chunk {
                     return Err(ProtocolError::Unexpected { kind, expected: "a chunk" }.into());
                 }
@@ -611,6 +627,7 @@ impl Endpoint {
                 Some(chunk) => {
                     rx.stalled = None;
                     rx.chunk = Some(chunk);
+                    budget = budget.saturating_sub(CHUNK_COST_BYTES);
                 }
                 None => {
                     if rx.stalled.is_none() {
@@ -733,7 +750,7 @@ impl Endpoint {
             Kind::OpenBulk if status == Status::Open && self.dialed.is_some() => {
                 let mut bulk = lock(&self.bulk);
                 if matches!(bulk.link, BulkLink::None) {
-                    self.dial_bulk(&mut bulk);
+                    self.dial_bulk(&mut bulk)?;
                 }
             }
             Kind::Function | Kind::Request | Kind::Reply | Kind::Error if status == Status::Open => {
@@ -766,7 +783,7 @@ impl Endpoint {
             return Ok(()); // closed meanwhile
         }
         if !bulk.queue.is_empty() {
-            self.dial_bulk(&mut bulk);
+            self.dial_bulk(&mut bulk)?;
         }
         drop(bulk);
         self.write_control(&mut tx).map_err(lost)
@@ -804,10 +821,11 @@ impl Endpoint {
             }
             self.driver.finish_turn(&mut turn);
         }
+        // Before another may read: it would be disturbed by the leader.
+        self.control.want(&self.driver, EventFlags::IN, true);
         drop(rx);
-        match failed {
-            Some(cause) => self.close(cause),
-            None => self.control.want(&self.driver, EventFlags::IN, true),
+        if let Some(cause) = failed {
+            self.close(cause);
         }
         self.driver.finish_turn(&mut turn);
         done()
@@ -839,14 +857,17 @@ impl Endpoint {
         };
         let connecting_since = match (self.status(), &lock(&self.bulk).link) {
             (Status::Connecting | Status::Greeting, _) => Some(self.opened_at),
-            (_, BulkLink::Connecting(_, since)) => Some(*since),
+            (_, BulkLink::Connecting(_, since) | BulkLink::Requested(since)) => Some(*since),
             _ => None,
         };
         if let Some(since) = connecting_since
             && check(since + connect_timeout)
-            && let Some(address) = self.dialed
         {
-            self.close(CloseCause::ConnectTimeout { address, timeout: connect_timeout });
+            let what = "bulk connection";
+            self.close(match self.dialed {
+                Some(address) => CloseCause::ConnectTimeout { address, timeout: connect_timeout },
+                None => ProtocolError::Stalled { what, timeout: connect_timeout }.into(),
+            });
             return None;
         }
         let stalled = self.bulk_rx.try_lock().ok().and_then(|rx| rx.stalled);
@@ -880,8 +901,8 @@ impl Endpoint {
             && before == Status::Open as u8
         {
             // Best effort, and only on a frame boundary: a peer that reads nothing hears the connection end.
-            let tx = lock(&self.tx);
-            if tx.sent == tx.wire.len() {
+            let mut tx = lock(&self.tx);
+            if self.write_control(&mut tx).is_ok() && tx.sent == tx.wire.len() {
                 let _ = write_greeting(self.control.socket(), &greeting(Kind::Close, &goodbye));
             }
         }
@@ -890,8 +911,13 @@ impl Endpoint {
             self.driver.remove(&link);
             let _ = link.socket().shutdown(Shutdown::Both);
         }
-        lock(&self.bulk).queue.clear();
-        self.driver.forget_key(lock(&self.bulk).key);
+        let (queue, current, key) = {
+            let mut bulk = lock(&self.bulk);
+            bulk.prefix.clear();
+            (std::mem::take(&mut bulk.queue), bulk.current.take(), bulk.key)
+        };
+        drop((queue, current));
+        self.driver.forget_key(key);
         self.driver.linger(&self.control);
         if let Some(peer) = self.peer.get() {
             peer.on_closed(self, &cause);
