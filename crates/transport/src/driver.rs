@@ -383,6 +383,7 @@ impl Driver {
     pub fn stop(self: &Arc<Self>, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         // Nobody may dial in any more: a backlog would keep the dialers waiting.
+        self.remove(&self.listener);
         let _ = self.listener.socket().shutdown(Shutdown::Both);
         let sources: Vec<Source> = lock(&self.sources).values().cloned().collect();
         close_all(sources);
@@ -864,6 +865,8 @@ impl Driver {
                 Ok((socket, _)) => socket,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
+                // The listener was shut down: the driver stops.
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => return,
                 Err(error) => {
                     // Out of descriptors or memory: the dialers wait, the connected go on.
                     tracing::warn!(%error, "accept; trying again in {ACCEPT_PAUSE:?}");
