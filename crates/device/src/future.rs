@@ -15,7 +15,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::event::EventReady;
-use crate::{DeviceError, Event, Stream};
+use crate::{DeviceError, Stream};
 
 mod promise;
 mod shared;
@@ -365,7 +365,7 @@ impl Fences {
         let mut fences = Vec::new();
         value.visit(&mut |storage| {
             // A failed fence is kept too: its poll gives the error.
-            if !matches!(storage.is_ready(), Ok(true)) {
+            if !matches!(storage.ready_event().known(), Some(Ok(()))) {
                 fences.push(storage.ready_event().host_ready());
             }
         });
@@ -387,8 +387,7 @@ fn order(value: &impl Storages, streams: &[Stream]) {
         let own = |stream: &&Stream| stream.device() == storage.device();
         let any_own = streams.len() > 1 && streams.iter().any(|stream| own(&stream));
         for stream in streams.iter().filter(|stream| !any_own || own(stream)) {
-            let written: &Event = storage.ready_event();
-            stream.wait(written);
+            stream.wait_for(storage);
             storage.record_reader(stream);
         }
     });
