@@ -162,6 +162,26 @@ impl<T: Storages, E: From<DeviceError>> DeviceFuture<T, E> {
         Ordered { future: self }
     }
 
+    /// Runs `f` at the hand-over, with `stream` ordered after the value's fences: what `f` enqueues there sees the bytes.
+    ///
+    /// The result carries fences of its own, so awaiting it waits for that work.
+    pub fn then<U>(
+        self,
+        stream: &Stream,
+        f: impl FnOnce(&Stream, T) -> Result<U, E> + Send + 'static,
+    ) -> DeviceFuture<U, E>
+    where
+        T: Send + 'static,
+        E: Send + 'static,
+    {
+        let stream = stream.clone();
+        self.map_result(move |result| {
+            let value = result?;
+            order(&value, std::slice::from_ref(&stream));
+            f(&stream, value)
+        })
+    }
+
     /// Blocks this thread until the value is ready, at most for `timeout`.
     ///
     /// # Errors
@@ -291,6 +311,34 @@ impl<T, E> fmt::Debug for Ordered<T, E> {
 }
 
 /// A value that was handed over and whose reader is not chosen yet: out of reach until it is ordered.
+///
+/// ```
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.on(stream).to_vec()
+/// }
+/// ```
+/// Without a stream, or an `.await` of [`Ready::host`], there is no way to the bytes:
+/// ```compile_fail,E0599
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.to_vec()
+/// }
+/// ```
+/// ```compile_fail,E0616
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.value.to_vec()
+/// }
+/// ```
+/// Nor to a value that was given away:
+/// ```compile_fail,E0382
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.on(stream);
+///     ready.on(stream).to_vec()
+/// }
+/// ```
 #[must_use = "the value is reached by `on` or `host`"]
 pub struct Ready<T> {
     value: T,

@@ -21,6 +21,29 @@ const READERS_MAX: usize = 16;
 /// Bytes on a device that belong to one holder, to be written. [`StorageMut::freeze`] makes them shareable.
 ///
 /// Fresh ones hold whatever the memory's last user left: initialised, not zero.
+///
+/// ```
+/// # use farcall_device::{DeviceError, StorageMut, Stream};
+/// fn write(mut bytes: StorageMut, stream: &Stream) -> Result<(), DeviceError> {
+///     stream.fill(&mut bytes, 1)?;
+///     stream.fill(&mut bytes, 2)
+/// }
+/// ```
+/// There is one writer, and none after the freeze:
+/// ```compile_fail,E0599
+/// # use farcall_device::{DeviceError, StorageMut, Stream};
+/// fn write(mut bytes: StorageMut, stream: &Stream) -> Result<(), DeviceError> {
+///     let mut second = bytes.clone();
+///     stream.fill(&mut second, 2)
+/// }
+/// ```
+/// ```compile_fail,E0382
+/// # use farcall_device::{DeviceError, StorageMut, Stream};
+/// fn write(mut bytes: StorageMut, stream: &Stream) -> Result<(), DeviceError> {
+///     let frozen = bytes.freeze(stream);
+///     stream.fill(&mut bytes, 2)
+/// }
+/// ```
 #[must_use]
 pub struct StorageMut(Bytes);
 

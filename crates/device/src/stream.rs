@@ -527,6 +527,43 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_thread_ends_when_its_lease_has_ended_and_its_work_is_done() {
+        let cpu = crate::CpuMode::Threads { seed: 0 };
+        let runtime = Runtime::new(Config { cpu, ..Config::default() }).unwrap();
+        let stream = runtime.stream(Device::HOST).unwrap();
+        let work = Arc::downgrade(stream.0.tracked.as_ref().unwrap().work.as_ref().unwrap());
+        let mut target = stream.alloc(1).unwrap();
+        stream.fill(&mut target, 3).unwrap();
+        let target = target.freeze(&stream);
+        drop(stream);
+        target.ready_event().block(Duration::from_secs(60)).unwrap();
+        assert_eq!(target.as_bytes().unwrap(), [3]);
+        let started = Instant::now();
+        while work.strong_count() > 0 {
+            assert!(started.elapsed() < Duration::from_secs(60), "the thread still holds its queue");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn s2_equal_tickets_mean_equal_clocks() {
+        let config = Config { check: crate::Check::Report, ..Config::default() };
+        let runtime = Runtime::new(config).unwrap();
+        let [first, second, third] = [(); 3].map(|()| runtime.stream(Device::HOST).unwrap());
+        let before = second.record();
+        let mut bytes = first.alloc(1).unwrap();
+        first.fill(&mut bytes, 1).unwrap();
+        second.wait(&first.record());
+        let after = second.record();
+        assert_eq!((before.ticket(), after.ticket(), second.record().ticket()), (0, 1, 1));
+        // Through the second stream alone the third is ordered after the first's work.
+        third.wait(&before);
+        third.wait(&after);
+        third.fill(&mut bytes, 2).unwrap();
+        assert_eq!(runtime.races(), []);
+    }
+
+    #[test]
     fn a_kernel_reads_any_number_of_storages() {
         let stream = runtime().stream(Device::HOST).unwrap();
         for count in [0, 1, 8, 9, 20] {

@@ -275,6 +275,8 @@ fn a_panicking_kernel_fails_its_stream_and_no_other() {
         let broken = bytes.freeze(&first);
         let whole = filled(&second, 1);
         assert!(matches!(broken.ready_event().block(LONG), Err(DeviceError::Lost { .. })), "{cpu:?}");
+        let known_late = DeviceFuture::<Storage>::ready(broken).wait(LONG);
+        assert!(matches!(known_late, Err(DeviceError::Lost { .. })), "{cpu:?}");
         whole.ready_event().block(LONG).unwrap();
         assert!(filled(&first, 1).ready_event().block(LONG).is_err(), "later work too");
     }
@@ -291,6 +293,45 @@ fn streams_of_other_runtimes_are_waited_for() {
         let copy = copy.freeze(&stream);
         copy.ready_event().block(LONG).unwrap();
         assert_eq!(copy.as_bytes().unwrap(), [8; 16], "{cpu:?} after {other:?}");
+    }
+}
+
+#[test]
+fn every_form_of_a_future_gives_the_value_in_every_mode() {
+    for cpu in every_mode() {
+        let runtime = runtime(cpu);
+        let [producer, consumer, cuda] =
+            [Device::HOST, Device::HOST, Device::Cuda(0)].map(|device| runtime.stream(device).unwrap());
+        let value = |byte| {
+            let (promise, future) = DeviceFuture::<Storage>::pair();
+            promise.complete(filled(&producer, byte));
+            future
+        };
+        let read = |storage: &Storage| {
+            let mut copy = consumer.alloc(16).unwrap();
+            consumer.copy(storage, &mut copy).unwrap();
+            let copy = copy.freeze(&consumer);
+            copy.ready_event().block(LONG).unwrap();
+            copy.as_bytes().unwrap()[0]
+        };
+        assert_eq!(value(1).wait(LONG).unwrap().as_bytes().unwrap(), [1; 16], "{cpu:?}");
+        assert_eq!(read(&value(2).on(&consumer).wait(LONG).unwrap()), 2);
+        assert_eq!(read(&value(3).on_each(&[consumer.clone(), cuda.clone()]).wait(LONG).unwrap()), 3);
+        assert_eq!(read(&value(4).ordered().wait(LONG).unwrap().on(&consumer)), 4);
+        let all = crate::join_all((5..8).map(value)).wait(LONG).unwrap();
+        assert_eq!(all.iter().map(|storage| storage.as_bytes().unwrap()[0]).collect::<Vec<_>>(), [5, 6, 7]);
+        let shared = value(8).map(|storage| (storage.len(), storage)).map(|(_, storage)| storage).shared();
+        std::thread::scope(|scope| {
+            let waiters = [(); 3].map(|()| scope.spawn(|| shared.wait(LONG).unwrap().as_bytes().unwrap()[0]));
+            assert_eq!(waiters.map(|waiter| waiter.join().unwrap()), [8; 3], "{cpu:?}");
+        });
+        // A future that is polled and dropped abandons the notification alone.
+        let mut abandoned = value(9);
+        let _ = Pin::new(&mut abandoned).poll(&mut CountingWaker::new().context());
+        drop((abandoned, all, shared));
+        [&producer, &consumer].iter().for_each(|stream| stream.synchronize(LONG).unwrap());
+        expect_all_free(&runtime);
+        assert_eq!(runtime.races(), [], "{cpu:?}");
     }
 }
 

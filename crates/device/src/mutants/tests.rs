@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::{Check, Config, CpuMode, DType, Device, Layout, Storage, Tensor};
+use crate::{Check, Config, CpuMode, DType, Device, DeviceFuture, Layout, Storage, Tensor};
 
 const LONG: Duration = Duration::from_secs(60);
 const SEEDS: u64 = 64;
@@ -100,10 +100,23 @@ fn ordered_on_a_stream(runtime: &Runtime) -> Vec<u8> {
     bytes(&copy.freeze(&reader))
 }
 
+fn continued_by_then(runtime: &Runtime) -> Vec<u8> {
+    let [writer, next] = [(); 2].map(|()| runtime.stream(Device::HOST).unwrap());
+    let mut source = writer.alloc(32).unwrap();
+    writer.fill(&mut source, 6).unwrap();
+    let source = DeviceFuture::<Storage>::ready(source.freeze(&writer));
+    let copy = source.then(&next, |stream, source| {
+        let mut copy = stream.alloc(32)?;
+        stream.copy(&source, &mut copy)?;
+        Ok(copy.freeze(stream))
+    });
+    copy.wait(LONG).unwrap().as_bytes().unwrap().to_vec()
+}
+
 type Program = fn(&Runtime) -> Vec<u8>;
 
 /// Name, program, waits that it needs, and what it must give.
-const PROGRAMS: [(&str, Program, usize, [u8; 32]); 7] = [
+const PROGRAMS: [(&str, Program, usize, [u8; 32]); 8] = [
     ("producer_and_consumer", producer_and_consumer, 1, [6; 32]),
     ("to_a_device_and_back", to_a_device_and_back, 2, [6; 32]),
     ("freed_while_read", freed_while_read, 2, [6; 32]),
@@ -111,6 +124,7 @@ const PROGRAMS: [(&str, Program, usize, [u8; 32]); 7] = [
     ("packed_elsewhere", packed_elsewhere, 1, [6; 32]),
     ("frozen_elsewhere", frozen_elsewhere, 1, [6; 32]),
     ("ordered_on_a_stream", ordered_on_a_stream, 1, [6; 32]),
+    ("continued_by_then", continued_by_then, 2, [6; 32]),
 ];
 
 #[test]
