@@ -52,6 +52,24 @@ pub enum DeviceError {
         /// The bound that was given.
         waited: Duration,
     },
+    /// Nothing that is left can run, in chaos mode: a hang, if streams were threads.
+    #[error("deadlock: {event} cannot pass; stuck are {stuck}")]
+    Deadlock {
+        /// What was waited for.
+        event: Arc<str>,
+        /// The oldest operation of each stream, and what it waits for.
+        stuck: Arc<str>,
+    },
+    /// A variable of the environment has a value that means nothing.
+    #[error("{variable}={value} is not understood: expected {expected}")]
+    InvalidSetting {
+        /// Its name.
+        variable: &'static str,
+        /// Its value.
+        value: Arc<str>,
+        /// Values that are understood.
+        expected: &'static str,
+    },
     /// The bytes are not written yet. Await the value, or call `wait`, before reading it on the host.
     #[error("the bytes on {device} are not ready: await the value (or `ready_event().block(..)`) before reading it")]
     NotReady {

@@ -2,18 +2,19 @@
 //!
 //! Invariant E1: an event completes once, with one outcome that every waiter and callback gets.
 //! Invariant E2: callbacks and wakers run under no lock. A callback registered after completion runs at once.
+//! An event of a stream is a ticket and the stream's [`Progress`]: recording one takes no memory.
 
 use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use crate::{DeviceError, StreamId};
-
-type Outcome = Result<(), DeviceError>;
-type Callback = Box<dyn FnOnce(Outcome) + Send>;
+use crate::clock::Clock;
+use crate::cpu::{Engine, Patience};
+use crate::progress::{Outcome, Progress};
+use crate::{DeviceError, Runtime, StreamId};
 
 /// All work enqueued on a stream before the event was recorded. Cheap to clone.
 #[derive(Clone)]
@@ -21,8 +22,21 @@ type Callback = Box<dyn FnOnce(Outcome) + Send>;
 pub struct Event {
     stream: StreamId,
     ticket: u64,
-    /// `None` if it was complete when it was recorded: no memory is needed then.
-    signal: Option<Arc<Signal>>,
+    /// `None` if it was complete when it was recorded and nothing keeps clocks.
+    point: Option<Point>,
+}
+
+#[derive(Clone)]
+struct Point {
+    lane: Arc<Lane>,
+    /// What lies before, on other streams.
+    clock: Option<Arc<Clock>>,
+}
+
+/// What the events of one stream share.
+pub(crate) struct Lane {
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) engine: Option<Arc<Engine>>,
 }
 
 impl Event {
@@ -31,19 +45,53 @@ impl Event {
         Self::complete_at(StreamId::HOST, 0)
     }
 
+    /// An event that is completed by hand: the fence of bytes that something other than a stream writes, such as a socket.
+    ///
+    /// # Waiting
+    /// Who makes a token must see to it that it is completed or dropped in bounded time, since streams wait for it: inline, the
+    /// thread that enqueues work behind it blocks, at most for 30 s; in other modes the stream stands still, not the thread.
+    pub fn token(runtime: &Runtime) -> (Token, Self) {
+        let (trigger, event) = Self::by_hand(StreamId::fresh(), 1, None, runtime.engine().cloned());
+        (Token(trigger), event)
+    }
+
     pub(crate) fn complete_at(stream: StreamId, ticket: u64) -> Self {
-        Self { stream, ticket, signal: None }
+        Self { stream, ticket, point: None }
+    }
+
+    /// The point of a stream after `ticket` operations.
+    pub(crate) fn at(stream: StreamId, ticket: u64, lane: Arc<Lane>, clock: Option<Arc<Clock>>) -> Self {
+        Self { stream, ticket, point: Some(Point { lane, clock }) }
     }
 
     /// An event that its [`Trigger`] completes.
+    #[cfg(test)]
     pub(crate) fn pending_at(stream: StreamId, ticket: u64) -> (Trigger, Self) {
-        let signal = Arc::new(Signal::default());
-        (Trigger { signal: Some(Arc::clone(&signal)) }, Self { stream, ticket, signal: Some(signal) })
+        Self::by_hand(stream, ticket, None, None)
+    }
+
+    fn by_hand(
+        stream: StreamId,
+        ticket: u64,
+        clock: Option<Arc<Clock>>,
+        engine: Option<Arc<Engine>>,
+    ) -> (Trigger, Self) {
+        let progress = Progress::new(true);
+        let trigger = Trigger { progress: Some(Arc::clone(&progress)), ticket: ticket.max(1) };
+        // A ticket of 0 has always passed: such an event is told apart by a progress of its own.
+        let lane = Arc::new(Lane { progress, engine });
+        (trigger, Self { stream, ticket, point: Some(Point { lane, clock }) })
     }
 
     /// An event that completes when all of `events` have, with the first error if there is one.
-    pub(crate) fn all_at(stream: StreamId, ticket: u64, events: &[Self]) -> Self {
-        let (trigger, joined) = Self::pending_at(stream, ticket);
+    pub(crate) fn all_at(
+        stream: StreamId,
+        ticket: u64,
+        events: &[Self],
+        clock: Option<Arc<Clock>>,
+        engine: Option<Arc<Engine>>,
+    ) -> Self {
+        let (trigger, joined) = Self::by_hand(stream, ticket, clock, engine);
         let state = Arc::new((AtomicUsize::new(events.len()), Mutex::new((Some(trigger), Ok(())))));
         for event in events {
             let state = Arc::clone(&state);
@@ -65,6 +113,14 @@ impl Event {
         joined
     }
 
+    /// This event, once `earlier` has completed too.
+    pub(crate) fn after(self, earlier: &Self) -> Self {
+        let mut clock = self.clock().cloned().unwrap_or_default();
+        clock.join(earlier);
+        let engine = self.lane().and_then(|lane| lane.engine.clone());
+        Self::all_at(self.stream, self.ticket, &[earlier.clone(), self], Some(Arc::new(clock)), engine)
+    }
+
     /// The stream whose order the event is a point of.
     #[must_use]
     pub fn stream(&self) -> StreamId {
@@ -77,35 +133,29 @@ impl Event {
         self.ticket
     }
 
-    /// Whether the work has completed; never waits.
+    /// Whether the work has completed; never waits. In chaos mode it runs work until it is, unless that waits for a token.
     ///
     /// # Errors
-    /// The work's own failure, such as [`DeviceError::Lost`].
+    /// The work's own failure, such as [`DeviceError::Lost`]; [`DeviceError::Deadlock`] in chaos mode.
     pub fn query(&self) -> Result<bool, DeviceError> {
-        match &self.signal {
-            None => Ok(true),
-            Some(signal) => lock(&signal.state).outcome.clone().map_or(Ok(false), |outcome| outcome.map(|()| true)),
+        if self.point.is_none() {
+            return Ok(true);
         }
+        self.drive(Patience::None)?;
+        self.known().map_or(Ok(false), |outcome| outcome.map(|()| true))
     }
 
     /// Blocks this thread until the work has completed, at most for `timeout`.
     ///
     /// # Errors
-    /// [`DeviceError::Timeout`], or the work's own failure.
+    /// [`DeviceError::Timeout`], or the work's own failure; [`DeviceError::Deadlock`] in chaos mode.
     pub fn block(&self, timeout: Duration) -> Result<(), DeviceError> {
-        let Some(signal) = &self.signal else { return Ok(()) };
+        let Some(point) = &self.point else { return Ok(()) };
         let deadline = Instant::now().checked_add(timeout);
-        let mut state = lock(&signal.state);
-        loop {
-            if let Some(outcome) = &state.outcome {
-                return outcome.clone();
-            }
-            state = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
-                None => signal.completed.wait(state).unwrap_or_else(PoisonError::into_inner),
-                Some(Duration::ZERO) => return Err(DeviceError::Timeout { what: "an event", waited: timeout }),
-                Some(left) => signal.completed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
-            };
-        }
+        self.drive(Patience::Until(deadline, timeout))?;
+        let outcome = point.lane.progress.block(self.slot(), deadline);
+        self.learn(outcome.as_ref());
+        outcome.unwrap_or(Err(DeviceError::Timeout { what: "an event", waited: timeout }))
     }
 
     /// A future of the completion, known to the host.
@@ -113,56 +163,147 @@ impl Event {
     /// # Cancel safety
     /// Dropping it changes nothing; the work goes on.
     pub fn host_ready(&self) -> EventReady {
-        EventReady { event: self.clone(), waker: None }
+        EventReady { event: self.clone(), waker: None, asked: false }
     }
 
     /// Calls `callback` with the outcome once: now if the event is complete, else on the thread that learns of it.
     ///
     /// The callback must be short and must not block: it may run on the one thread that watches all devices.
     pub fn on_ready(&self, callback: impl FnOnce(Result<(), DeviceError>) + Send + 'static) {
-        let Some(signal) = &self.signal else { return callback(Ok(())) };
-        let mut state = lock(&signal.state);
-        match state.outcome.clone() {
-            None => state.callbacks.push(Box::new(callback)),
-            Some(outcome) => {
-                drop(state);
-                callback(outcome);
+        let Some(point) = &self.point else { return callback(Ok(())) };
+        if let Err(deadlock) = self.drive(Patience::None) {
+            return callback(Err(deadlock));
+        }
+        if self.is_over() {
+            return callback(self.known().unwrap_or(Ok(())));
+        }
+        // What is stored must not keep the runtime alive that completes it: the clock is enough, and weakly the engine.
+        let (stream, ticket, clock) = (self.stream, self.ticket, point.clock.clone());
+        let engine = point.lane.engine.as_ref().map(Arc::downgrade);
+        point.lane.progress.on_passed(self.slot(), move |outcome| {
+            if outcome.is_ok()
+                && let Some(engine) = engine.and_then(|engine| engine.upgrade())
+            {
+                engine.host().learn(stream, ticket, clock.as_deref());
             }
+            callback(outcome);
+        });
+        self.want();
+    }
+
+    /// As [`Event::on_ready`], for the order of work alone: asks for nothing to be run and tells the host nothing.
+    pub(crate) fn on_over(&self, callback: impl FnOnce() + Send + 'static) {
+        match &self.point {
+            None => callback(),
+            Some(point) => point.lane.progress.on_passed(self.slot(), move |_| callback()),
         }
     }
 
-    /// Whether nothing will happen any more: completed or failed.
+    /// Whether nothing will happen any more: completed or failed. Asks for nothing to be run and tells the host nothing.
     pub(crate) fn is_over(&self) -> bool {
-        !matches!(self.query(), Ok(false))
+        self.point.as_ref().is_none_or(|point| point.lane.progress.has_passed(self.slot()))
+    }
+
+    /// Whether the work has completed without failure; like [`Event::is_over`].
+    pub(crate) fn is_complete(&self) -> bool {
+        matches!(self.outcome(), Some(Ok(())))
+    }
+
+    /// The outcome if it is there, for the host: asks for nothing to be run.
+    pub(crate) fn known(&self) -> Option<Outcome> {
+        let outcome = self.outcome();
+        self.learn(outcome.as_ref());
+        outcome
+    }
+
+    pub(crate) fn clock(&self) -> Option<&Clock> {
+        self.point.as_ref()?.clock.as_deref()
+    }
+
+    pub(crate) fn lane(&self) -> Option<&Lane> {
+        self.point.as_ref().map(|point| &*point.lane)
+    }
+
+    /// Whether something other than a stream completes it, so that its ticket alone says nothing.
+    pub(crate) fn is_by_hand(&self) -> bool {
+        self.lane().is_some_and(|lane| lane.progress.is_by_hand())
+    }
+
+    fn outcome(&self) -> Option<Outcome> {
+        self.point.as_ref().map_or(Some(Ok(())), |point| point.lane.progress.outcome(self.slot()))
+    }
+
+    fn learn(&self, outcome: Option<&Outcome>) {
+        if let (Some(Ok(())), Some(point)) = (outcome, &self.point)
+            && let Some(engine) = &point.lane.engine
+        {
+            engine.host().learn(self.stream, self.ticket, point.clock.as_deref());
+        }
+    }
+
+    /// In chaos mode, runs the work before the event.
+    fn drive(&self, patience: Patience) -> Result<(), DeviceError> {
+        match &self.point {
+            Some(Point { lane, .. }) if !lane.progress.is_by_hand() => match &lane.engine {
+                Some(engine) if engine.is_chaos() => engine.drive(&lane.progress, self.ticket, patience),
+                _ => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+
+    fn want(&self) {
+        if let Some(Point { lane, .. }) = &self.point
+            && let Some(engine) = &lane.engine
+            && !lane.progress.is_by_hand()
+        {
+            engine.want(&lane.progress, self.ticket);
+        }
+    }
+
+    /// The ticket of its progress.
+    fn slot(&self) -> u64 {
+        if self.ticket == 0 && self.is_by_hand() { 1 } else { self.ticket }
     }
 }
 
 impl fmt::Debug for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match self.query() {
-            Ok(true) => "complete",
-            Ok(false) => "pending",
-            Err(_) => "failed",
+        let state = match self.outcome() {
+            Some(Ok(())) => "complete",
+            None => "pending",
+            Some(Err(_)) => "failed",
         };
         write!(f, "Event({:?} at {}, {state})", self.stream, self.ticket)
     }
 }
 
-#[derive(Default)]
-struct Signal {
-    state: Mutex<State>,
-    completed: Condvar,
+/// Completes an event by hand: see [`Event::token`]. Dropped without doing so, the event fails with [`DeviceError::Cancelled`].
+#[must_use = "dropping a token fails its event"]
+pub struct Token(Trigger);
+
+impl Token {
+    /// The bytes are there.
+    pub fn complete(self) {
+        self.0.complete(Ok(()));
+    }
+
+    /// They will not come: everything that waits for the event fails with `error`.
+    pub fn fail(self, error: DeviceError) {
+        self.0.complete(Err(error));
+    }
 }
 
-#[derive(Default)]
-struct State {
-    outcome: Option<Outcome>,
-    callbacks: Vec<Callback>,
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Token").finish_non_exhaustive()
+    }
 }
 
 /// Completes an event. Dropped without doing so, the event is cancelled: no waiter is left behind.
 pub(crate) struct Trigger {
-    signal: Option<Arc<Signal>>,
+    progress: Option<Arc<Progress>>,
+    ticket: u64,
 }
 
 impl Trigger {
@@ -171,14 +312,8 @@ impl Trigger {
     }
 
     fn finish(&mut self, outcome: Outcome) {
-        let Some(signal) = self.signal.take() else { return };
-        let mut state = lock(&signal.state);
-        state.outcome = Some(outcome.clone());
-        let callbacks = std::mem::take(&mut state.callbacks);
-        drop(state);
-        signal.completed.notify_all();
-        for callback in callbacks {
-            callback(outcome.clone());
+        if let Some(progress) = self.progress.take() {
+            progress.advance(self.ticket, outcome).run();
         }
     }
 }
@@ -195,14 +330,28 @@ pub struct EventReady {
     event: Event,
     /// The newest waker, shared with the callback that was registered at the first pending poll.
     waker: Option<Arc<Mutex<Option<Waker>>>>,
+    /// It was polled before.
+    asked: bool,
 }
 
 impl Future for EventReady {
     type Output = Result<(), DeviceError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        if self.event.is_over() {
-            return Poll::Ready(self.event.query().map(drop));
+        if let Some(outcome) = self.event.known() {
+            return Poll::Ready(outcome);
+        }
+        let first = !std::mem::replace(&mut self.asked, true);
+        let engine = self.event.lane().and_then(|lane| lane.engine.as_ref());
+        if first && engine.is_some_and(|engine| engine.yields()) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if let Err(deadlock) = self.event.drive(Patience::None) {
+            return Poll::Ready(Err(deadlock));
+        }
+        if let Some(outcome) = self.event.known() {
+            return Poll::Ready(outcome);
         }
         if let Some(slot) = &self.waker {
             let mut waker = lock(slot);
@@ -214,15 +363,16 @@ impl Future for EventReady {
         } else {
             let slot = Arc::new(Mutex::new(Some(cx.waker().clone())));
             self.waker = Some(Arc::clone(&slot));
-            self.event.on_ready(move |_| {
+            self.event.on_over(move || {
                 let waker = lock(&slot).take();
                 if let Some(waker) = waker {
                     waker.wake();
                 }
             });
+            self.event.want();
         }
-        // The event may have completed between the query and the waker's arrival in the slot.
-        if self.event.is_over() { Poll::Ready(self.event.query().map(drop)) } else { Poll::Pending }
+        // The event may have completed between the first look and the waker's arrival in the slot.
+        self.event.known().map_or(Poll::Pending, Poll::Ready)
     }
 }
 
@@ -323,7 +473,7 @@ mod tests {
     #[test]
     fn a_joined_event_waits_for_all_and_keeps_the_first_error() {
         let ((a, event_a), (b, event_b)) = (pending(), pending());
-        let joined = Event::all_at(StreamId::HOST, 2, &[event_a, event_b, Event::complete()]);
+        let joined = Event::all_at(StreamId::HOST, 2, &[event_a, event_b, Event::complete()], None, None);
         b.complete(Err(DeviceError::BrokenPromise));
         assert!(!joined.query().unwrap(), "one is pending still");
         a.complete(Ok(()));

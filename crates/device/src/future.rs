@@ -15,7 +15,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use crate::event::EventReady;
-use crate::{DeviceError, Event, Stream};
+use crate::{DeviceError, Stream};
 
 mod promise;
 mod shared;
@@ -162,6 +162,26 @@ impl<T: Storages, E: From<DeviceError>> DeviceFuture<T, E> {
         Ordered { future: self }
     }
 
+    /// Runs `f` at the hand-over, with `stream` ordered after the value's fences: what `f` enqueues there sees the bytes.
+    ///
+    /// The result carries fences of its own, so awaiting it waits for that work.
+    pub fn then<U>(
+        self,
+        stream: &Stream,
+        f: impl FnOnce(&Stream, T) -> Result<U, E> + Send + 'static,
+    ) -> DeviceFuture<U, E>
+    where
+        T: Send + 'static,
+        E: Send + 'static,
+    {
+        let stream = stream.clone();
+        self.map_result(move |result| {
+            let value = result?;
+            order(&value, std::slice::from_ref(&stream));
+            f(&stream, value)
+        })
+    }
+
     /// Blocks this thread until the value is ready, at most for `timeout`.
     ///
     /// # Errors
@@ -291,6 +311,34 @@ impl<T, E> fmt::Debug for Ordered<T, E> {
 }
 
 /// A value that was handed over and whose reader is not chosen yet: out of reach until it is ordered.
+///
+/// ```
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.on(stream).to_vec()
+/// }
+/// ```
+/// Without a stream, or an `.await` of [`Ready::host`], there is no way to the bytes:
+/// ```compile_fail,E0599
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.to_vec()
+/// }
+/// ```
+/// ```compile_fail,E0616
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.value.to_vec()
+/// }
+/// ```
+/// Nor to a value that was given away:
+/// ```compile_fail,E0382
+/// # use farcall_device::{DeviceError, Ready, Stream, Tensor};
+/// fn sum(ready: Ready<Tensor>, stream: &Stream) -> Result<Vec<f32>, DeviceError> {
+///     ready.on(stream);
+///     ready.on(stream).to_vec()
+/// }
+/// ```
 #[must_use = "the value is reached by `on` or `host`"]
 pub struct Ready<T> {
     value: T,
@@ -365,7 +413,7 @@ impl Fences {
         let mut fences = Vec::new();
         value.visit(&mut |storage| {
             // A failed fence is kept too: its poll gives the error.
-            if !matches!(storage.is_ready(), Ok(true)) {
+            if !matches!(storage.ready_event().known(), Some(Ok(()))) {
                 fences.push(storage.ready_event().host_ready());
             }
         });
@@ -387,8 +435,7 @@ fn order(value: &impl Storages, streams: &[Stream]) {
         let own = |stream: &&Stream| stream.device() == storage.device();
         let any_own = streams.len() > 1 && streams.iter().any(|stream| own(&stream));
         for stream in streams.iter().filter(|stream| !any_own || own(stream)) {
-            let written: &Event = storage.ready_event();
-            stream.wait(written);
+            stream.wait_for(storage);
             storage.record_reader(stream);
         }
     });

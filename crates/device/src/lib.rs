@@ -19,8 +19,9 @@
 //!   are sealed against writes of other processes.
 //!
 //! # Modes
-//! Streams run inline so far: an operation runs on the thread that enqueues it. Signatures are made for queued streams and real
-//! devices too, so code written against this crate waits for fences that are always complete today.
+//! Streams of the CPU run inline, on threads, or in a seeded order ([`CpuMode`]); all give the same values, so tests run in all
+//! three. Devices can be emulated: a program for several runs on a machine without any ([`Config::from_env`]). A checker finds
+//! uses of storages that nothing orders, under every schedule ([`Check`]).
 //!
 //! ```
 //! use farcall_device::{Device, Runtime, Tensor};
@@ -30,7 +31,8 @@
 //! assert_eq!(columns.to_vec::<f32>()?, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
 //!
 //! let stream = Runtime::global().stream(Device::HOST)?;
-//! let packed = columns.contiguous(&stream)?; // a copy, in row-major order
+//! let packed = columns.contiguous(&stream)?; // a copy, in row-major order, when the stream comes to it
+//! let packed = packed.host().wait(std::time::Duration::from_secs(5))?; // or `.await`
 //! assert_eq!(packed.as_slice::<f32>()?[1], 4.0);
 //! # Ok::<(), farcall_device::DeviceError>(())
 //! ```
@@ -40,7 +42,10 @@ compile_error!("farcall-device maps memory by memfd and runs on Linux only, so f
 #[cfg(not(target_endian = "little"))]
 compile_error!("tensors travel as the machine's bytes, which must be little-endian");
 
+mod checker;
+mod clock;
 pub mod codec;
+mod cpu;
 mod device;
 mod dtype;
 mod error;
@@ -48,20 +53,26 @@ mod event;
 mod future;
 mod layout;
 mod memory;
+#[cfg(any(test, feature = "mutants"))]
+pub mod mutants;
 mod pack;
 mod pool;
+mod progress;
 mod runtime;
 mod storage;
 mod stream;
+mod sync;
 mod tensor;
 #[cfg(test)]
 mod testing;
 
+pub use checker::{Access, Check, Race};
 pub use codec::{CodecError, Encoded};
+pub use cpu::CpuMode;
 pub use device::{Device, ParseDeviceError};
 pub use dtype::{C64, C128, DType, Element, F8E4M3, F8E5M2, ParseDTypeError};
 pub use error::DeviceError;
-pub use event::{Event, EventReady};
+pub use event::{Event, EventReady, Token};
 pub use future::{DeviceFuture, OnStreams, Ordered, Promise, Ready, SharedFuture, Storages, join_all};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutError, MAX_RANK};
@@ -85,6 +96,8 @@ mod auto_traits {
         send_and_sync::<(
             Stream,
             Event,
+            Token,
+            Race,
             Runtime,
             DeviceError,
             CodecError,

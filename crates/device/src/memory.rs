@@ -196,6 +196,12 @@ impl SlabRange {
         }
     }
 
+    /// The first `len` bytes by address.
+    pub(crate) fn span(&self, len: usize) -> Span {
+        assert!(len <= self.len, "a storage lies in its block");
+        Span { start: self.start(), len }
+    }
+
     fn start(&self) -> NonNull<u8> {
         // SAFETY: `offset + len <= slab.len` since creation and through every split.
         unsafe { self.slab.base.add(self.offset) }
@@ -205,6 +211,34 @@ impl SlabRange {
 impl fmt::Debug for SlabRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "slab {} {}..{}", self.slab.id, self.offset, self.offset + self.len)
+    }
+}
+
+/// Bytes by address, for an enqueued operation: it holds nothing, and says nothing about who else uses them.
+#[derive(Clone, Copy)]
+pub(crate) struct Span {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: an address and a length have no thread affinity; whoever turns them into a slice vouches for the access.
+unsafe impl Send for Span {}
+
+impl Span {
+    pub(crate) const EMPTY: Self = Self { start: NonNull::dangling(), len: 0 };
+
+    /// # Safety
+    /// While the slice lives the memory must stay mapped, and nothing may write it.
+    pub(crate) unsafe fn bytes<'a>(self) -> &'a [u8] {
+        // SAFETY: the caller's promise; slabs and foreign memory are initialised, and an empty span is aligned and not null.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
+    /// # Safety
+    /// While the slice lives the memory must stay mapped, be writable, and be reached by nothing else.
+    pub(crate) unsafe fn bytes_mut<'a>(self) -> &'a mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
@@ -242,6 +276,11 @@ impl ForeignBytes {
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: the contract of `new`; `self` borrows the owner, so `release` was not called.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
+    /// The bytes of foreign host memory, by address.
+    pub(crate) fn span(&self) -> Span {
+        if self.len == 0 { Span::EMPTY } else { Span { start: self.start, len: self.len } }
     }
 
     pub(crate) fn as_ptr(&self) -> *const u8 {

@@ -1,20 +1,49 @@
 //! Write-once bytes: [`StorageMut`] is written by one holder, frozen, and then read by many as [`Storage`].
 //!
 //! Invariant FENCE: a storage carries the event of its last write and those of its readers. Bytes are given to the host only
-//! after the write; memory goes back to its pool only after all of them.
+//! after the write; memory goes back to its pool only after all of them, whatever is dropped when. Dropping never blocks.
 //! Invariant SNAPSHOT: between `freeze` and a successful `try_unique` nothing writes the bytes.
 
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::memory::{ForeignBytes, Release, Slab};
+use crate::checker::{self, Race};
+use crate::clock::Clock;
+use crate::cpu::Engine;
+use crate::memory::{ForeignBytes, Release, Slab, Span};
 use crate::pool::HostBlock;
-use crate::{Device, DeviceError, Event, Stream};
+use crate::{Access, Device, DeviceError, Event, Runtime, Stream};
+
+/// Readers from which on those that are known to be over are forgotten.
+const READERS_MAX: usize = 16;
 
 /// Bytes on a device that belong to one holder, to be written. [`StorageMut::freeze`] makes them shareable.
 ///
 /// Fresh ones hold whatever the memory's last user left: initialised, not zero.
+///
+/// ```
+/// # use farcall_device::{DeviceError, StorageMut, Stream};
+/// fn write(mut bytes: StorageMut, stream: &Stream) -> Result<(), DeviceError> {
+///     stream.fill(&mut bytes, 1)?;
+///     stream.fill(&mut bytes, 2)
+/// }
+/// ```
+/// There is one writer, and none after the freeze:
+/// ```compile_fail,E0599
+/// # use farcall_device::{DeviceError, StorageMut, Stream};
+/// fn write(mut bytes: StorageMut, stream: &Stream) -> Result<(), DeviceError> {
+///     let mut second = bytes.clone();
+///     stream.fill(&mut second, 2)
+/// }
+/// ```
+/// ```compile_fail,E0382
+/// # use farcall_device::{DeviceError, StorageMut, Stream};
+/// fn write(mut bytes: StorageMut, stream: &Stream) -> Result<(), DeviceError> {
+///     let frozen = bytes.freeze(stream);
+///     stream.fill(&mut bytes, 2)
+/// }
+/// ```
 #[must_use]
 pub struct StorageMut(Bytes);
 
@@ -26,10 +55,25 @@ struct Bytes {
     memory: Memory,
     len: usize,
     device: Device,
-    /// The last write.
+    /// The last write, as others wait for it.
     written: Event,
-    /// Reads that were pending when they were recorded: the newest of each stream.
-    readers: Mutex<Vec<Event>>,
+    /// The operation that wrote last: `written` lies at or behind it.
+    writer: Access,
+    /// Reads that were pending when they were recorded, or all if uses are checked: the newest of each stream.
+    readers: Mutex<Vec<Reader>>,
+    /// Whose memory it is, where that matters: `None` on the host while nothing is queued or checked.
+    home: Option<Runtime>,
+}
+
+struct Reader {
+    read: Event,
+    op: &'static str,
+}
+
+impl Reader {
+    fn access(&self) -> Access {
+        Access { op: self.op, stream: self.read.stream(), ticket: self.read.ticket() }
+    }
 }
 
 enum Memory {
@@ -40,8 +84,10 @@ enum Memory {
 }
 
 impl StorageMut {
-    pub(crate) fn pooled(block: HostBlock, len: usize, device: Device) -> Self {
-        Self::new(Memory::Pooled(block), len, device)
+    pub(crate) fn pooled(block: HostBlock, len: usize, device: Device, home: Option<Runtime>) -> Self {
+        let mut storage = Self::new(Memory::Pooled(block), len, device);
+        storage.0.home = home;
+        storage
     }
 
     pub(crate) fn empty(device: Device) -> Self {
@@ -49,7 +95,8 @@ impl StorageMut {
     }
 
     fn new(memory: Memory, len: usize, device: Device) -> Self {
-        Self(Bytes { memory, len, device, written: Event::complete(), readers: Mutex::default() })
+        let (written, writer, readers) = (Event::complete(), Access::HOST, Mutex::default());
+        Self(Bytes { memory, len, device, written, writer, readers, home: None })
     }
 
     /// The size in bytes.
@@ -87,8 +134,7 @@ impl StorageMut {
     /// Ends writing: the bytes are complete at this point of `stream`.
     #[must_use]
     pub fn freeze(mut self, stream: &Stream) -> Storage {
-        stream.wait(&self.0.written);
-        self.0.written = stream.record();
+        self.0.written = stream.take_over(&self.0.written, self.0.writer);
         Storage(Arc::new(self.0))
     }
 
@@ -98,22 +144,36 @@ impl StorageMut {
         Storage(Arc::new(self.0))
     }
 
-    /// Ends writing with the fence of work that is under way.
-    #[cfg(test)]
-    pub(crate) fn freeze_at(mut self, written: Event) -> Storage {
+    /// Ends writing with the event of a write that is under way elsewhere, such as an [`Event::token`]: nobody is given the bytes
+    /// before it, and before the writes of streams so far.
+    #[must_use]
+    pub fn freeze_at(mut self, written: Event) -> Storage {
+        let written = if self.0.written.is_over() { written } else { written.after(&self.0.written) };
+        self.0.writer = Access { op: "token", stream: written.stream(), ticket: written.ticket() };
         self.0.written = written;
         Storage(Arc::new(self.0))
     }
 
     /// What must be over before anyone writes the bytes.
     pub(crate) fn fences(&mut self) -> impl Iterator<Item = &Event> {
-        self.0.readers.get_mut().unwrap_or_else(PoisonError::into_inner).iter().chain([&self.0.written])
+        let readers = self.0.readers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        readers.iter().map(|reader| &reader.read).chain([&self.0.written])
+    }
+
+    /// The operations behind [`StorageMut::fences`], and whether they wrote.
+    pub(crate) fn users(&mut self) -> impl Iterator<Item = (Access, bool)> {
+        self.0.users()
     }
 
     /// Notes a write that waited for all of [`StorageMut::fences`] and so stands for them.
-    pub(crate) fn record_write(&mut self, written: Event) {
+    pub(crate) fn record_write(&mut self, written: Event, op: &'static str) {
         self.0.readers.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.0.writer = Access { op, stream: written.stream(), ticket: written.ticket() };
         self.0.written = written;
+    }
+
+    pub(crate) fn span(&self) -> Result<Span, DeviceError> {
+        self.0.span()
     }
 
     /// The bytes for work on the storage's own device, ordered by the caller.
@@ -218,15 +278,43 @@ impl Storage {
 
     /// Notes that work enqueued on `stream` so far reads the bytes: they are neither written nor recycled before it is done.
     pub fn record_reader(&self, stream: &Stream) {
-        let read = stream.record();
-        if read.is_over() {
+        let read = stream.record_read_of(self);
+        self.push_reader(read, "read", stream.engine().map(|engine| &**engine));
+    }
+
+    /// Notes a read that waited for the write.
+    pub(crate) fn push_reader(&self, read: Event, op: &'static str, engine: Option<&Engine>) {
+        // Who checks must know of reads that are over too: the host may not know that they are.
+        let checked = engine.is_some_and(Engine::is_checked);
+        if !checked && read.is_over() {
             return;
         }
         let mut readers = self.0.readers.lock().unwrap_or_else(PoisonError::into_inner);
-        match readers.iter_mut().find(|reader| reader.stream() == read.stream()) {
-            Some(older) => *older = read,
-            None => readers.push(read),
+        if let Some(older) = readers.iter_mut().find(|reader| reader.read.stream() == read.stream()) {
+            *older = Reader { read, op };
+            return;
         }
+        if readers.len() >= READERS_MAX {
+            match engine.filter(|_| checked).map(Engine::host) {
+                Some(host) => readers.retain(|reader| !host.knows(reader.read.stream(), reader.read.ticket())),
+                None => readers.retain(|reader| !reader.read.is_over()),
+            }
+        }
+        readers.push(Reader { read, op });
+    }
+
+    /// The operation that wrote last.
+    pub(crate) fn writer(&self) -> Access {
+        self.0.writer
+    }
+
+    /// The runtime whose memory it is.
+    pub(crate) fn runtime(&self) -> &Runtime {
+        self.0.home.as_ref().unwrap_or_else(|| Runtime::global())
+    }
+
+    pub(crate) fn span(&self) -> Result<Span, DeviceError> {
+        self.0.span()
     }
 
     /// The storage for writing again, if no one else holds it. Pending reads keep their fences: streams wait for them.
@@ -289,6 +377,53 @@ impl Bytes {
         }
     }
 
+    fn span(&self) -> Result<Span, DeviceError> {
+        match &self.memory {
+            Memory::Empty => Ok(Span::EMPTY),
+            Memory::Pooled(block) => Ok(block.range().span(self.len)),
+            Memory::Foreign(foreign) => {
+                self.host()?;
+                Ok(foreign.span())
+            }
+        }
+    }
+
+    fn users(&mut self) -> impl Iterator<Item = (Access, bool)> {
+        let readers = self.readers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        readers.iter().map(|reader| (reader.access(), false)).chain([(self.writer, true)])
+    }
+
+    /// What must be over before the memory is used again, as far as nothing else stands for it. Uses that nothing orders before the
+    /// end of the memory are races.
+    fn fences_of_reclaim(&mut self, engine: &Engine) -> Vec<Event> {
+        let mut clock = Clock::default();
+        let mut fences = Vec::new();
+        let readers = self.readers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let host = engine.host();
+        for fence in readers.iter().map(|reader| &reader.read).chain([&self.written]) {
+            let (stream, ticket) = (fence.stream(), fence.ticket());
+            let redundant = clock.covers(stream, ticket) || host.knows(stream, ticket);
+            if redundant && (fence.is_over() || !fence.is_by_hand()) {
+                continue;
+            }
+            if redundant || engine.keeps_edge() {
+                clock.join(fence);
+                fences.push(fence.clone());
+            }
+        }
+        if engine.is_checked() {
+            let uncovered = self
+                .users()
+                .filter(|(user, _)| !clock.covers(user.stream, user.ticket) && !host.covers(user.stream, user.ticket));
+            let races: Vec<_> =
+                uncovered.map(|(earlier, is_write)| Race { earlier, is_write, later: Access::FREE }).collect();
+            drop(host);
+            engine.note_in_drop(races);
+        }
+        fences.retain(|fence| !fence.is_over());
+        fences
+    }
+
     fn describe(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place: &dyn fmt::Debug = match &self.memory {
             Memory::Empty => &"empty",
@@ -301,16 +436,41 @@ impl Bytes {
 
 impl Drop for Bytes {
     fn drop(&mut self) {
-        let readers = self.readers.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let pending: Vec<_> = readers.iter().chain([&self.written]).filter(|fence| !fence.is_over()).cloned().collect();
-        if pending.is_empty() {
+        let home = self.home.take();
+        let engine = home.as_ref().and_then(Runtime::engine);
+        let pending = match engine {
+            Some(engine) => self.fences_of_reclaim(engine),
+            None => {
+                let readers = self.readers.get_mut().unwrap_or_else(PoisonError::into_inner);
+                let fences = readers.iter().map(|reader| &reader.read).chain([&self.written]);
+                fences.filter(|fence| !fence.is_over()).cloned().collect()
+            }
+        };
+        let poison = engine.is_some_and(|engine| engine.is_checked());
+        if pending.is_empty() && !poison {
             return;
         }
         // FENCE: each pending event holds the memory; the last to complete returns it.
-        let memory = Arc::new(std::mem::replace(&mut self.memory, Memory::Empty));
+        let memory = Arc::new(Reclaimed { memory: std::mem::replace(&mut self.memory, Memory::Empty), poison });
         for fence in pending {
             let memory = Arc::clone(&memory);
-            fence.on_ready(move |_| drop(memory));
+            fence.on_over(move || drop(memory));
+        }
+    }
+}
+
+/// Memory whose holder is gone.
+struct Reclaimed {
+    memory: Memory,
+    poison: bool,
+}
+
+impl Drop for Reclaimed {
+    fn drop(&mut self) {
+        if let Memory::Pooled(block) = &mut self.memory
+            && self.poison
+        {
+            checker::poison(block.bytes_mut(), checker::FREED);
         }
     }
 }

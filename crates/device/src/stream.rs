@@ -1,16 +1,24 @@
 //! An ordered queue of work on one device.
 //!
-//! In the inline mode, the only one so far, an operation runs on the calling thread when it is enqueued, so events are born
-//! complete and cost no memory. The signatures are those of queued modes: kernels own what they capture, events are waited for.
+//! Inline, an operation runs on the calling thread when it is enqueued, so events are born complete and cost no memory. In the
+//! queued modes (see [`CpuMode`](crate::CpuMode)) it runs later: kernels own what they capture, and events are waited for.
 //! Invariant S1: an operation runs after everything its stream was told to wait for, and after the fences of its storages.
-//! Invariant S2: tickets of one stream grow by one with each operation; an event covers all tickets up to its own.
+//! Invariant S2: tickets of one stream grow by one with each operation; an event covers all tickets up to its own. Where clocks
+//! are kept, the first point after a wait takes a ticket too, so that equal tickets mean equal clocks.
+//! Invariant S3: what lies before a stream's next operation is its clock, joined at each wait; a wait for what the clock or the
+//! host covers is left out.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::{Device, DeviceError, Event, Runtime, Storage, StorageMut, Tensor};
+use crate::checker::Race;
+use crate::clock::{self, Clock};
+use crate::cpu::{self, Engine, Op, Wait, Work};
+use crate::event::Lane;
+use crate::progress::Progress;
+use crate::{Access, Device, DeviceError, Event, Runtime, Storage, StorageMut, Tensor};
 
 /// How long an inline operation waits for an event that another device has not completed.
 const INLINE_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -20,12 +28,16 @@ const INLINE_READS: usize = 8;
 static NEXT_STREAM_ID: AtomicU64 = AtomicU64::new(1);
 
 /// The number of a stream in this process; never used again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct StreamId(u64);
 
 impl StreamId {
     /// Of work that the host did itself, on no stream.
     pub const HOST: Self = Self(0);
+
+    pub(crate) fn fresh() -> Self {
+        Self(NEXT_STREAM_ID.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 impl fmt::Display for StreamId {
@@ -44,14 +56,51 @@ struct Queue {
     runtime: Runtime,
     /// Operations enqueued so far.
     tickets: AtomicU64,
-    /// Events that the next operation must wait for: none, unless another device is behind.
-    waits: Mutex<Vec<Event>>,
+    order: Mutex<Order>,
+    /// `None` while nothing is queued or checked: no clocks are kept then.
+    tracked: Option<Tracked>,
+}
+
+/// What the next operation comes after.
+#[derive(Default)]
+struct Order {
+    /// Events that it must wait for. Inline: none, unless another device is behind.
+    waits: Vec<Event>,
+    clock: Option<Arc<Clock>>,
+    /// The clock has grown since the last ticket.
+    has_joined: bool,
+}
+
+struct Tracked {
+    engine: Arc<Engine>,
+    lane: Arc<Lane>,
+    /// `None` inline.
+    work: Option<Arc<Work>>,
+}
+
+/// Who asks for a wait.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Edge {
+    /// This crate, for a fence: mutants leave these out.
+    Fence,
+    User,
 }
 
 impl Stream {
-    pub(crate) fn new(runtime: Runtime, device: Device) -> Self {
-        let id = StreamId(NEXT_STREAM_ID.fetch_add(1, Ordering::Relaxed));
-        Self(Arc::new(Queue { id, device, runtime, tickets: AtomicU64::new(0), waits: Mutex::default() }))
+    pub(crate) fn new(runtime: Runtime, device: Device) -> Result<Self, DeviceError> {
+        let id = StreamId::fresh();
+        let tracked = match runtime.engine() {
+            None => None,
+            Some(engine) => {
+                let engine = Arc::clone(engine);
+                let progress = Progress::new(false);
+                let work = engine.lease(id, device, &progress)?;
+                let lane = Arc::new(Lane { progress, engine: Some(Arc::clone(&engine)) });
+                Some(Tracked { engine, lane, work })
+            }
+        };
+        let (tickets, order) = (AtomicU64::new(0), Mutex::default());
+        Ok(Self(Arc::new(Queue { id, device, runtime, tickets, order, tracked })))
     }
 
     /// The device whose work this is.
@@ -82,23 +131,17 @@ impl Stream {
 
     /// The point after all work enqueued so far.
     pub fn record(&self) -> Event {
-        let ticket = self.0.tickets.load(Ordering::Acquire);
-        let mut waits = self.waits();
-        waits.retain(|event| !matches!(event.query(), Ok(true)));
-        if waits.is_empty() {
-            return Event::complete_at(self.0.id, ticket);
-        }
-        let pending = waits.clone();
-        drop(waits);
-        Event::all_at(self.0.id, ticket, &pending)
+        self.record_in(&mut self.order())
     }
 
     /// Has later work on this stream run after `event`. Blocks no thread; a failed event fails that later work.
     pub fn wait(&self, event: &Event) {
-        // Its own events are in order already, unless they stand for waits that are pending anyway.
-        if event.stream() != self.0.id && !matches!(event.query(), Ok(true)) {
-            self.waits().push(event.clone());
-        }
+        self.follow(&mut self.order(), event, Edge::User);
+    }
+
+    /// Has later work on this stream run after a storage's write.
+    pub(crate) fn wait_for(&self, storage: &Storage) {
+        self.follow(&mut self.order(), storage.ready_event(), Edge::Fence);
     }
 
     /// Copies all bytes of `source` to `target`, from any device to any.
@@ -110,7 +153,7 @@ impl Stream {
             let what = "bytes of the copy's target";
             return Err(DeviceError::LengthMismatch { what, expected: source.len(), found: target.len() });
         }
-        self.run(&[source], target, |sources, target| target.copy_from_slice(sources[0]))
+        self.run("copy", &[source], target, |sources, target| target.copy_from_slice(sources[0]))
     }
 
     /// Sets every byte of `target`.
@@ -118,25 +161,26 @@ impl Stream {
     /// # Errors
     /// [`DeviceError::WrongDevice`] if it is not on the stream's device.
     pub fn fill(&self, target: &mut StorageMut, byte: u8) -> Result<(), DeviceError> {
-        self.launch(&[], target, move |_, target| target.fill(byte))
+        self.expect_own(target.device())?;
+        self.run("fill", &[], target, move |_, target| target.fill(byte))
     }
 
     /// Runs `kernel` on the bytes of `reads` and `write`, in stream order and after the fences of all of them.
     ///
-    /// This is how operators for the CPU, and for emulated devices, are built. The kernel owns what it captures, since in other
-    /// modes it runs later, on another thread.
+    /// This is how operators for the CPU, and for emulated devices, are built. The kernel owns what it captures, since in queued
+    /// modes it runs later, on another thread. It must not wait for work on streams.
     ///
     /// # Errors
-    /// [`DeviceError::WrongDevice`] if a storage is not on the stream's device; the failure of work that is waited for.
+    /// [`DeviceError::WrongDevice`] if a storage is not on the stream's device; inline, the failure of work that is waited for,
+    /// which in queued modes is the failure of the event behind this operation.
     pub fn launch<F>(&self, reads: &[&Storage], write: &mut StorageMut, kernel: F) -> Result<(), DeviceError>
     where
         F: FnOnce(&[&[u8]], &mut [u8]) + Send + 'static,
     {
-        let mut devices = reads.iter().map(|storage| storage.device()).chain([write.device()]);
-        if let Some(found) = devices.find(|device| *device != self.0.device) {
-            return Err(DeviceError::WrongDevice { expected: self.0.device, found });
+        for device in reads.iter().map(|storage| storage.device()).chain([write.device()]) {
+            self.expect_own(device)?;
         }
-        self.run(reads, write, kernel)
+        self.run("launch", reads, write, kernel)
     }
 
     /// Copies a view's elements, in row-major order, to fresh memory on `device`: a contiguous tensor of the same shape.
@@ -149,7 +193,7 @@ impl Stream {
         let layout = tensor.layout().clone();
         let packed = layout.packed();
         let mut target = self.0.runtime.alloc(device, packed.size_bytes())?;
-        self.run(&[tensor.storage()], &mut target, move |sources, target| {
+        self.run("pack", &[tensor.storage()], &mut target, move |sources, target| {
             crate::pack::pack(&layout, sources[0], target)
         })?;
         Tensor::from_storage(target.freeze(self), packed)
@@ -160,8 +204,16 @@ impl Stream {
     /// # Errors
     /// [`DeviceError::Timeout`], or the failure of work that is waited for.
     pub fn synchronize(&self, timeout: Duration) -> Result<(), DeviceError> {
+        if self.0.tracked.is_some() { self.record().block(timeout) } else { self.await_others(timeout) }
+    }
+
+    /// Inline, blocks until all that was waited for is over.
+    fn await_others(&self, timeout: Duration) -> Result<(), DeviceError> {
+        let pending = self.order().waits.clone();
+        if pending.is_empty() {
+            return Ok(());
+        }
         let deadline = Instant::now().checked_add(timeout);
-        let pending = self.waits().clone();
         for event in pending {
             event
                 .block(deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now())))?;
@@ -169,18 +221,167 @@ impl Stream {
         Ok(())
     }
 
-    /// Runs one operation now (S1).
-    fn run(
+    /// The fence of a storage that `writer` wrote, once its holder freezes it here.
+    pub(crate) fn take_over(&self, written: &Event, writer: Access) -> Event {
+        let mut order = self.order();
+        self.follow(&mut order, written, Edge::Fence);
+        let event = self.record_in(&mut order);
+        let later = Access { op: "freeze", stream: self.0.id, ticket: event.ticket() };
+        drop(self.check(order, later, [(writer, true)]));
+        event
+    }
+
+    /// The point up to which this stream reads a storage whose write it waited for.
+    pub(crate) fn record_read_of(&self, storage: &Storage) -> Event {
+        let mut order = self.order();
+        let event = self.record_in(&mut order);
+        let later = Access { op: "read", stream: self.0.id, ticket: event.ticket() };
+        drop(self.check(order, later, [(storage.writer(), true)]));
+        event
+    }
+
+    pub(crate) fn engine(&self) -> Option<&Arc<Engine>> {
+        self.0.tracked.as_ref().map(|tracked| &tracked.engine)
+    }
+
+    fn record_in(&self, order: &mut Order) -> Event {
+        let ticket = self.0.tickets.load(Ordering::Acquire);
+        let Some(tracked) = &self.0.tracked else {
+            order.waits.retain(|event| !event.is_complete());
+            if order.waits.is_empty() {
+                return Event::complete_at(self.0.id, ticket);
+            }
+            return Event::all_at(self.0.id, ticket, &order.waits, None, None);
+        };
+        let ticket = match &tracked.work {
+            None => {
+                let ticket = if order.has_joined { self.pass_inline(tracked, order) } else { ticket };
+                order.waits.retain(|event| !event.is_complete());
+                if !order.waits.is_empty() {
+                    let engine = Some(Arc::clone(&tracked.engine));
+                    return Event::all_at(self.0.id, ticket, &order.waits, order.clock.clone(), engine);
+                }
+                ticket
+            }
+            Some(work) if order.has_joined || !order.waits.is_empty() => {
+                self.enqueue(tracked, work, order, "wait", None)
+            }
+            Some(_) => ticket,
+        };
+        Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone())
+    }
+
+    /// Puts the next operation after `event`.
+    fn follow(&self, order: &mut Order, event: &Event, edge: Edge) {
+        // Its own events are in order already, unless they stand for waits that are pending anyway.
+        if event.stream() == self.0.id {
+            return;
+        }
+        let Some(tracked) = &self.0.tracked else {
+            if !event.is_complete() {
+                order.waits.push(event.clone());
+            }
+            return;
+        };
+        let host = tracked.engine.host();
+        let (stream, ticket) = (event.stream(), event.ticket());
+        let covered = order.clock.as_ref().is_some_and(|clock| clock.covers(stream, ticket));
+        if !covered && !host.knows(stream, ticket) {
+            if edge == Edge::Fence && !tracked.engine.keeps_edge() {
+                return;
+            }
+            clock::join_shared(&mut order.clock, event, &host);
+            order.has_joined = true;
+        } else if tracked.work.is_some() && !event.is_by_hand() {
+            return;
+        }
+        // A ticket says all only about a queued stream's work, so other events are asked. A failed one is waited for: it fails us.
+        if !event.is_complete() {
+            order.waits.push(event.clone());
+        }
+    }
+
+    /// Reports earlier uses that nothing orders before `later`, which comes next.
+    fn check<'a>(
         &self,
+        order: MutexGuard<'a, Order>,
+        later: Access,
+        earlier: impl IntoIterator<Item = (Access, bool)>,
+    ) -> MutexGuard<'a, Order> {
+        let Some(engine) = self.engine().filter(|engine| engine.is_checked()) else { return order };
+        let host = engine.host();
+        let covers = |access: &Access| {
+            access.stream == self.0.id
+                || order.clock.as_ref().is_some_and(|clock| clock.covers(access.stream, access.ticket))
+                || host.covers(access.stream, access.ticket)
+        };
+        let uncovered = earlier.into_iter().filter(|(earlier, _)| !covers(earlier));
+        let races: Vec<_> = uncovered.map(|(earlier, is_write)| Race { earlier, is_write, later }).collect();
+        drop(host);
+        if let Some(text) = engine.note(races) {
+            drop(order);
+            panic!("{text}");
+        }
+        order
+    }
+
+    fn run<F>(&self, op: &'static str, reads: &[&Storage], write: &mut StorageMut, kernel: F) -> Result<(), DeviceError>
+    where
+        F: FnOnce(&[&[u8]], &mut [u8]) + Send + 'static,
+    {
+        let mut order = self.order();
+        for storage in reads {
+            self.follow(&mut order, storage.ready_event(), Edge::Fence);
+        }
+        for fence in write.fences() {
+            self.follow(&mut order, fence, Edge::Fence);
+        }
+        let Some(tracked) = &self.0.tracked else {
+            self.run_now(order, reads, write, kernel)?;
+            let ticket = self.0.tickets.fetch_add(1, Ordering::AcqRel) + 1;
+            // What was waited for is over, and nobody checks: the reads need no fence.
+            write.record_write(Event::complete_at(self.0.id, ticket), op);
+            return Ok(());
+        };
+        tracked.engine.raise();
+        let later = Access { op, stream: self.0.id, ticket: self.0.tickets.load(Ordering::Acquire) + 1 };
+        let writers = reads.iter().map(|storage| (storage.writer(), true));
+        let mut order = self.check(order, later, writers.chain(write.users()));
+        let event = match &tracked.work {
+            None => {
+                self.run_now(order, reads, write, kernel)?;
+                let mut order = self.order();
+                let ticket = self.pass_inline(tracked, &mut order);
+                Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone())
+            }
+            Some(work) => {
+                let sources = reads.iter().map(|storage| storage.span()).collect::<Result<_, _>>()?;
+                let body = cpu::body(sources, write.span()?, kernel);
+                let ticket = self.enqueue(tracked, work, &mut order, op, Some(body));
+                Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone())
+            }
+        };
+        write.record_write(event.clone(), op);
+        for storage in reads {
+            storage.push_reader(event.clone(), op, Some(&tracked.engine));
+        }
+        Ok(())
+    }
+
+    /// Runs one operation on this thread (S1): inline, the enqueuing thread is the device. It waits for other devices here.
+    fn run_now(
+        &self,
+        mut order: MutexGuard<'_, Order>,
         reads: &[&Storage],
         write: &mut StorageMut,
         kernel: impl FnOnce(&[&[u8]], &mut [u8]),
     ) -> Result<(), DeviceError> {
-        for fence in reads.iter().map(|storage| storage.ready_event()).chain(write.fences()) {
-            self.wait(fence);
+        order.waits.retain(|event| !event.is_complete());
+        let behind = !order.waits.is_empty();
+        drop(order);
+        if behind {
+            self.await_others(INLINE_WAIT_MAX)?;
         }
-        // Inline, the enqueuing thread is the device: it waits for other devices here, and only here.
-        self.synchronize(INLINE_WAIT_MAX)?;
         let target = write.device_bytes_mut()?;
         let mut inline: [&[u8]; INLINE_READS] = [&[]; INLINE_READS];
         if let Some(slices) = inline.get_mut(..reads.len()) {
@@ -192,16 +393,53 @@ impl Stream {
             let slices = reads.iter().map(|storage| storage.device_bytes()).collect::<Result<Vec<_>, _>>()?;
             kernel(&slices, target);
         }
-        self.0.tickets.fetch_add(1, Ordering::AcqRel);
-        write.record_write(self.record());
-        for storage in reads {
-            storage.record_reader(self);
-        }
         Ok(())
     }
 
-    fn waits(&self) -> MutexGuard<'_, Vec<Event>> {
-        self.0.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The ticket of what is over already.
+    fn pass_inline(&self, tracked: &Tracked, order: &mut Order) -> u64 {
+        let ticket = self.0.tickets.fetch_add(1, Ordering::AcqRel) + 1;
+        order.has_joined = false;
+        // Nobody waits for an inline stream's ticket before it has passed.
+        tracked.lane.progress.advance(ticket, Ok(())).run();
+        ticket
+    }
+
+    /// Enqueues one operation after all that is waited for; its ticket.
+    fn enqueue(
+        &self,
+        tracked: &Tracked,
+        work: &Work,
+        order: &mut Order,
+        name: &'static str,
+        body: Option<Box<dyn FnOnce() + Send>>,
+    ) -> u64 {
+        let ticket = self.0.tickets.fetch_add(1, Ordering::AcqRel) + 1;
+        order.has_joined = false;
+        let waits = order.waits.drain(..).filter_map(|event| Wait::on(&event, &tracked.engine)).collect();
+        tracked.engine.push(work, Op { name, ticket, waits, body });
+        ticket
+    }
+
+    fn expect_own(&self, found: Device) -> Result<(), DeviceError> {
+        let expected = self.0.device;
+        if found == expected { Ok(()) } else { Err(DeviceError::WrongDevice { expected, found }) }
+    }
+
+    fn order(&self) -> MutexGuard<'_, Order> {
+        self.0.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // What is enqueued still runs.
+        if let Some(tracked) = &self.tracked {
+            tracked.engine.end_lease(self.id);
+            if let Some(work) = &tracked.work {
+                work.close();
+            }
+        }
     }
 }
 
@@ -286,6 +524,43 @@ mod tests {
             host.copy(&on_cuda, &mut short),
             Err(DeviceError::LengthMismatch { expected: 3, found: 2, .. })
         ));
+    }
+
+    #[test]
+    fn a_worker_thread_ends_when_its_lease_has_ended_and_its_work_is_done() {
+        let cpu = crate::CpuMode::Threads { seed: 0 };
+        let runtime = Runtime::new(Config { cpu, ..Config::default() }).unwrap();
+        let stream = runtime.stream(Device::HOST).unwrap();
+        let work = Arc::downgrade(stream.0.tracked.as_ref().unwrap().work.as_ref().unwrap());
+        let mut target = stream.alloc(1).unwrap();
+        stream.fill(&mut target, 3).unwrap();
+        let target = target.freeze(&stream);
+        drop(stream);
+        target.ready_event().block(Duration::from_secs(60)).unwrap();
+        assert_eq!(target.as_bytes().unwrap(), [3]);
+        let started = Instant::now();
+        while work.strong_count() > 0 {
+            assert!(started.elapsed() < Duration::from_secs(60), "the thread still holds its queue");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn s2_equal_tickets_mean_equal_clocks() {
+        let config = Config { check: crate::Check::Report, ..Config::default() };
+        let runtime = Runtime::new(config).unwrap();
+        let [first, second, third] = [(); 3].map(|()| runtime.stream(Device::HOST).unwrap());
+        let before = second.record();
+        let mut bytes = first.alloc(1).unwrap();
+        first.fill(&mut bytes, 1).unwrap();
+        second.wait(&first.record());
+        let after = second.record();
+        assert_eq!((before.ticket(), after.ticket(), second.record().ticket()), (0, 1, 1));
+        // Through the second stream alone the third is ordered after the first's work.
+        third.wait(&before);
+        third.wait(&after);
+        third.fill(&mut bytes, 2).unwrap();
+        assert_eq!(runtime.races(), []);
     }
 
     #[test]

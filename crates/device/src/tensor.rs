@@ -263,8 +263,10 @@ impl Tensor {
         if self.device().is_host() {
             return DeviceFuture::ready(self.clone());
         }
-        let copy = |tensor: &Self| Runtime::global().stream(Device::HOST)?.pack(tensor, Device::HOST);
-        if self.storage.ready_event().is_over() {
+        let runtime = self.storage.runtime();
+        let copy = |tensor: &Self| tensor.storage.runtime().stream(tensor.device())?.pack(tensor, Device::HOST);
+        // Inline, the copy would block this thread until the bytes are there.
+        if runtime.is_queued() || self.storage.ready_event().is_over() {
             return DeviceFuture::from_result(copy(self));
         }
         let tensor = self.clone();
@@ -452,6 +454,8 @@ mod tests {
     use super::*;
     use crate::{C64, Config, Event, Release, StreamId, f16};
 
+    const LONG: Duration = Duration::from_secs(60);
+
     fn host_stream() -> Stream {
         Runtime::global().stream(Device::HOST).unwrap()
     }
@@ -486,7 +490,8 @@ mod tests {
             let view = view.unwrap();
             assert!(view.storage().is_same(matrix.storage()));
             assert_eq!(view.to_vec::<u8>().unwrap(), elements);
-            assert_eq!(view.contiguous(&host_stream()).unwrap().as_slice::<u8>().unwrap(), elements);
+            let packed = view.contiguous(&host_stream()).unwrap().host().wait(LONG).unwrap();
+            assert_eq!(packed.as_slice::<u8>().unwrap(), elements);
         }
     }
 
@@ -495,7 +500,7 @@ mod tests {
         let tensor = Tensor::from_slice(&[1_u16, 2, 3], &[3]).unwrap();
         let tail = tensor.narrow(0, 1, 2).unwrap();
         assert!(tail.contiguous(&host_stream()).unwrap().storage().is_same(tensor.storage()));
-        let packed = tail.pack(&host_stream()).unwrap();
+        let packed = tail.pack(&host_stream()).unwrap().host().wait(LONG).unwrap();
         assert_eq!((packed.storage().len(), packed.layout().offset()), (4, 0));
         assert_eq!(packed.as_slice::<u16>().unwrap(), [2, 3]);
     }

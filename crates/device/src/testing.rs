@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Wake, Waker};
 
+pub(crate) use crate::cpu::Random;
+
 /// A waker that counts.
 pub(crate) struct CountingWaker {
     count: Arc<Count>,
@@ -30,26 +32,5 @@ impl CountingWaker {
 
     pub(crate) fn wakes(&self) -> usize {
         self.count.0.load(Ordering::SeqCst)
-    }
-}
-
-/// xorshift64*: a seed is a complete reproduction.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// A number below `end`.
-    pub(crate) fn below(&mut self, end: usize) -> usize {
-        ((self.next() >> 33) as usize) % end
     }
 }

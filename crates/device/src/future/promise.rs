@@ -1,10 +1,10 @@
 //! The one producer and the one consumer of a value, and the slot between them.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use crate::DeviceError;
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The producer's end of a [`DeviceFuture`](crate::DeviceFuture). Dropped without a value, the future fails with
 /// [`DeviceError::BrokenPromise`].

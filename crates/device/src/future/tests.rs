@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::event::Trigger;
 use crate::testing::CountingWaker;
-use crate::{Config, DType, Device, Layout, Runtime, StreamId, Tensor};
+use crate::{Config, DType, Device, Event, Layout, Runtime, StreamId, Tensor};
 
 const LONG: Duration = Duration::from_secs(60);
 
