@@ -1,5 +1,6 @@
 //! What every call must do, between agents of one process: values, layouts, sizes, handlers, order, errors.
 
+mod devices;
 mod dtypes;
 mod errors;
 mod handlers;

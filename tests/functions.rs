@@ -410,3 +410,17 @@ pub(crate) fn take_unencodable(_value: Unencodable) {}
 pub(crate) fn quit(code: i32) {
     std::process::exit(code)
 }
+
+/// Twice each element, computed on the tensor's device by a stream, perhaps later.
+#[farcall::function(name = "test::double_on_device")]
+pub(crate) fn double_on_device(cx: &farcall::Call, x: Tensor) -> farcall::Result<Tensor> {
+    let stream = cx.stream(x.device())?;
+    let mut doubled = stream.alloc(x.numel() * 4)?;
+    stream.launch(&[x.storage()], &mut doubled, |reads, bytes| {
+        for (source, target) in reads[0].chunks_exact(4).zip(bytes.chunks_exact_mut(4)) {
+            let element = f32::from_le_bytes([source[0], source[1], source[2], source[3]]);
+            target.copy_from_slice(&(2.0 * element).to_le_bytes());
+        }
+    })?;
+    Ok(farcall::TensorMut::from_storage(doubled, x.dtype(), x.shape())?.freeze(&stream))
+}

@@ -2,7 +2,7 @@
 
 use crate::harness::bounded;
 
-use super::raw::{AT_TABLE_LEN, Descriptor, F32, Frame, REQUEST, Target, U8, echo_request};
+use super::raw::{AT_TABLE_LEN, Descriptor, ERROR, F32, Frame, REPLY, REQUEST, Target, U8, echo_request};
 
 /// Each request is refused with its text.
 fn refused(requests: impl IntoIterator<Item = (Frame, &'static str)> + Send + 'static) {
@@ -124,12 +124,27 @@ fn rank_17_is_refused() {
 }
 
 #[test]
-fn devices_that_are_not_there_are_refused() {
-    refused([
-        (request(Descriptor { device: (9, 0), ..matrix() }), "unknown device kind 9"),
-        (request(Descriptor { device: (1, 0), ..matrix() }), "this worker has no device cuda:0"),
-        (request(Descriptor { device: (0, 3), ..matrix() }), "this worker has no device cpu:3"),
-    ]);
+fn unknown_kinds_of_devices_are_refused() {
+    refused([(request(Descriptor { device: (9, 0), ..matrix() }), "unknown device kind 9")]);
+}
+
+/// Another machine has other devices: the call fails, the connection goes on.
+#[test]
+fn a_tensor_for_a_device_that_is_not_there_fails_its_call_only() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        for (device, name) in [((1, 0), "cuda:0"), ((0, 3), "cpu:3")] {
+            peer.send(&request(Descriptor { device, ..matrix() }).bytes());
+            let error = peer.expect(ERROR);
+            let text = String::from_utf8_lossy(&error.metadata).into_owned();
+            assert!(text.contains(&format!("a tensor is for {name}")), "{text}");
+        }
+        peer.send(&request(matrix()).bytes());
+        peer.expect(REPLY);
+        target.serves_others();
+        target.shutdown();
+    });
 }
 
 #[test]

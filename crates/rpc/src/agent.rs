@@ -350,7 +350,7 @@ impl To<'_> {
         }
         match agent.route(rank) {
             Ok((endpoint, link)) => {
-                link.request(&endpoint, &slot, &agent.intern::<F>(), &encoded);
+                link.request(&endpoint, &slot, &agent.intern::<F>(), encoded);
                 Reply::new(slot, Some(endpoint))
             }
             Err(TransferError::Closed { .. }) => {

@@ -18,7 +18,7 @@ use farcall_transport::Endpoint;
 use serde::de::DeserializeOwned;
 
 use crate::error::Stage;
-use crate::link::stage;
+use crate::link::reached;
 use crate::{CallError, CallId};
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -85,7 +85,7 @@ impl Slot {
         self.complete(Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage }));
     }
 
-    fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         !lock(&self.state).is_waiting()
     }
 
@@ -235,7 +235,7 @@ impl<T: DeserializeOwned> Reply<T> {
         if let Some(endpoint) = &self.endpoint {
             endpoint.drive_until(&|| self.slot.is_done(), self.slot.deadline);
         }
-        self.slot.park(|| self.endpoint.as_ref().map_or(Stage::Waiting, |endpoint| stage(endpoint)))
+        self.slot.park(|| self.endpoint.as_ref().map_or(Stage::Waiting, |endpoint| reached(endpoint)))
     }
 
     /// The value as soon as it can be ordered on `stream`: that stream waits for its storages, no thread does.

@@ -1,13 +1,14 @@
 //! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use farcall_device::Encoded;
+use farcall_device::{Device, DeviceError, Encoded, Event};
 use farcall_transport::frame::Kind;
 use farcall_transport::{
-    CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, TransferError, Turn, WorkerId,
+    CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, WorkerId, stage,
 };
 use serde::{Deserialize, Serialize};
 
@@ -57,8 +58,21 @@ impl Link {
         lock(&self.calls).len()
     }
 
-    /// Sends a request; its outcome, a failure to send included, arrives in `slot`.
-    pub(crate) fn request(&self, endpoint: &Arc<Endpoint>, slot: &Arc<Slot>, function: &Interned, encoded: &Encoded) {
+    /// Sends a request once its tensors are ready; its outcome, a failure to send included, arrives in `slot`.
+    ///
+    /// FENCE: a call whose tensors are not ready waits here, before it takes a place on the wire, and delays no later call.
+    pub(crate) fn request(
+        self: &Arc<Self>,
+        endpoint: &Arc<Endpoint>,
+        slot: &Arc<Slot>,
+        function: &Arc<Interned>,
+        encoded: Encoded,
+    ) {
+        let Encoded { metadata, tensors } = encoded;
+        let staged = match stage(&endpoint.driver().config().runtime, tensors) {
+            Ok(staged) => staged,
+            Err(error) => return slot.complete(Err(error.into())),
+        };
         let call = {
             let mut calls = lock(&self.calls);
             let in_flight = calls.len();
@@ -67,21 +81,47 @@ impl Link {
             }
             calls.insert(Arc::clone(slot))
         };
+        endpoint.driver().schedule(slot.deadline);
+        if staged.pending.is_empty() {
+            return self.send_request(endpoint, slot, function, call, &metadata, &staged);
+        }
+        let (link, endpoint) = (Arc::clone(self), Arc::clone(endpoint));
+        let (slot, function) = (Arc::clone(slot), Arc::clone(function));
+        let pending = staged.pending.clone();
+        when_ready(pending, move |ready| match ready {
+            Ok(()) if !slot.is_done() => link.send_request(&endpoint, &slot, &function, call, &metadata, &staged),
+            // Its deadline passed, or the endpoint closed.
+            Ok(()) => {}
+            Err(error) => {
+                lock(&link.calls).remove(call);
+                slot.complete(Err(error.into()));
+            }
+        });
+    }
+
+    fn send_request(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        slot: &Arc<Slot>,
+        function: &Interned,
+        call: u64,
+        metadata: &[u8],
+        staged: &Staged,
+    ) {
+        let left = slot.deadline.saturating_duration_since(Instant::now());
         let request = Outbound {
             kind: Kind::Request,
             call,
             function: function.id,
-            deadline_us: u64::try_from(slot.after.as_micros()).unwrap_or(u64::MAX).max(1),
-            metadata: &encoded.metadata,
-            tensors: &encoded.tensors,
+            deadline_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX).max(1),
+            metadata,
+            tensors: &staged.tensors,
+            devices: &staged.devices,
         };
-        match endpoint.send_to_function(&request, &function.announcement) {
-            Ok(()) => endpoint.driver().schedule(slot.deadline),
-            Err(error) => {
-                // Its close may have taken the slot already; a slot is completed once.
-                lock(&self.calls).remove(call);
-                slot.complete(Err(send_error(&slot.id, endpoint, error)));
-            }
+        if let Err(error) = endpoint.send_to_function(&request, &function.announcement) {
+            // Its close may have taken the slot already; a slot is completed once.
+            lock(&self.calls).remove(call);
+            slot.complete(Err(send_error(&slot.id, endpoint, error)));
         }
         if let Some(cause) = endpoint.closed() {
             // Closed between the insertion and now: `on_closed` may have run before it.
@@ -122,6 +162,11 @@ impl Link {
                 return Ok(());
             }
         };
+        if let Some(device) = frame.misplaced {
+            let message = misplaced(&agent, device);
+            reply.send(Err(Failure::BadArguments { message }), Some(turn));
+            return Ok(());
+        }
         let cx = Call {
             agent: Agent::from_inner(agent),
             caller: Arc::clone(&self.worker),
@@ -136,7 +181,9 @@ impl Link {
     fn on_answer(&self, frame: Frame) -> Result<(), ProtocolError> {
         // Gone: its deadline passed. The late answer is nobody's.
         let Some(slot) = lock(&self.calls).remove(frame.call) else { return Ok(()) };
-        let outcome = if frame.kind == Kind::Reply {
+        let outcome = if let (Some(device), Some(agent)) = (frame.misplaced, self.agent.upgrade()) {
+            Err(CallError::BadReply { call: slot.id.clone(), message: misplaced(&agent, device) })
+        } else if frame.kind == Kind::Reply {
             Ok(Encoded { metadata: frame.metadata, tensors: frame.tensors })
         } else {
             match postcard::from_bytes::<Failure>(&frame.metadata) {
@@ -146,6 +193,30 @@ impl Link {
         };
         slot.complete(outcome);
         Ok(())
+    }
+}
+
+fn misplaced(agent: &Inner, device: Device) -> String {
+    let devices = agent.driver.config().runtime.devices();
+    format!("a tensor is for {device}, and {} has {devices:?}", agent.driver.config().worker.id)
+}
+
+/// Calls `then` when all of `pending` have passed, or one has failed: under no lock, on the thread that learns of it.
+fn when_ready(pending: Vec<Event>, then: impl FnOnce(Result<(), DeviceError>) + Send + 'static) {
+    let left = Arc::new(AtomicUsize::new(pending.len()));
+    let then = Arc::new(Mutex::new(Some(then)));
+    for event in pending {
+        let (left, then) = (Arc::clone(&left), Arc::clone(&then));
+        event.on_ready(move |outcome| {
+            let last = left.fetch_sub(1, Ordering::AcqRel) == 1;
+            if last || outcome.is_err() {
+                // The first failure takes it; the others find it gone.
+                let then = lock(&then).take();
+                if let Some(then) = then {
+                    then(outcome);
+                }
+            }
+        });
     }
 }
 
@@ -212,23 +283,45 @@ impl Drop for ReplyTo {
 }
 
 impl ReplyTo {
+    /// Sends the answer, a value once its tensors are ready.
     fn send(mut self, answer: Result<Encoded, Failure>, turn: Option<&mut Turn>) {
-        self.answered = true;
-        let failure = match answer {
-            Ok(encoded) => {
-                let outbound = Outbound {
-                    call: self.call,
-                    tensors: &encoded.tensors,
-                    ..Outbound::new(Kind::Reply, &encoded.metadata)
-                };
-                match self.send_frame(&outbound, turn) {
-                    Ok(()) | Err(TransferError::Closed { .. }) => return,
-                    Err(error) => return self.send_failure(&Failure::Reply { message: error.to_string() }, None),
-                }
+        let Encoded { metadata, tensors } = match answer {
+            Ok(encoded) => encoded,
+            Err(failure) => {
+                self.answered = true;
+                return self.send_failure(&failure, turn);
             }
-            Err(failure) => failure,
         };
-        self.send_failure(&failure, turn);
+        match stage(&self.endpoint.driver().config().runtime, tensors) {
+            Ok(staged) if staged.pending.is_empty() => self.send_value(&metadata, &staged, turn),
+            Ok(staged) => {
+                let pending = staged.pending.clone();
+                when_ready(pending, move |ready| match ready {
+                    Ok(()) => self.send_value(&metadata, &staged, None),
+                    Err(error) => self.send_unsent(&error),
+                });
+            }
+            Err(error) => self.send_unsent(&error),
+        }
+    }
+
+    fn send_value(mut self, metadata: &[u8], staged: &Staged, turn: Option<&mut Turn>) {
+        let outbound = Outbound {
+            call: self.call,
+            tensors: &staged.tensors,
+            devices: &staged.devices,
+            ..Outbound::new(Kind::Reply, metadata)
+        };
+        match self.send_frame(&outbound, turn) {
+            Ok(()) | Err(TransferError::Closed { .. }) => self.answered = true,
+            Err(error) => self.send_unsent(&error),
+        }
+    }
+
+    /// The value cannot be sent, for this reason.
+    fn send_unsent(mut self, error: &dyn std::error::Error) {
+        self.answered = true;
+        self.send_failure(&Failure::Reply { message: error.to_string() }, None);
     }
 
     fn send_failure(&self, failure: &Failure, turn: Option<&mut Turn>) {
@@ -278,11 +371,11 @@ fn send_error(call: &CallId, endpoint: &Endpoint, error: TransferError) -> CallE
 }
 
 fn lost(call: &CallId, endpoint: &Endpoint, cause: &Arc<CloseCause>) -> CallError {
-    CallError::PeerLost { call: call.clone(), stage: stage(endpoint), cause: Arc::clone(cause) }
+    CallError::PeerLost { call: call.clone(), stage: reached(endpoint), cause: Arc::clone(cause) }
 }
 
 /// How far calls on `endpoint` can have come.
-pub(crate) fn stage(endpoint: &Endpoint) -> Stage {
+pub(crate) fn reached(endpoint: &Endpoint) -> Stage {
     if endpoint.remote().is_some() { Stage::Waiting } else { Stage::Connecting }
 }
 
@@ -320,7 +413,7 @@ impl Peer for Link {
     fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant> {
         let (overdue, next) = lock(&self.calls).take_overdue(now);
         for slot in overdue {
-            slot.expire(stage(endpoint));
+            slot.expire(reached(endpoint));
         }
         next
     }

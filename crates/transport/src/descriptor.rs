@@ -60,15 +60,10 @@ pub(crate) struct Descriptor {
 }
 
 impl Descriptor {
-    /// Describes `tensor`, whose layout must be dense or broadcast (others are packed first).
-    pub(crate) fn of(tensor: &Tensor, mode: Mode) -> Self {
+    /// Describes `tensor`, whose layout must be dense or broadcast, for `device` at the target.
+    pub(crate) fn of(tensor: &Tensor, device: Device, mode: Mode) -> Self {
         let span = tensor.layout().byte_span();
-        Self {
-            layout: tensor.layout().clone(),
-            device: tensor.device(),
-            mode,
-            len_bytes: (span.end - span.start) as u64,
-        }
+        Self { layout: tensor.layout().clone(), device, mode, len_bytes: (span.end - span.start) as u64 }
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use farcall_device::{DeviceError, Runtime, Tensor};
+use farcall_device::{Device, DeviceError, Event, Runtime, Tensor};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use socket2::Socket;
@@ -55,22 +55,57 @@ pub struct Outbound<'a> {
     pub deadline_us: u64,
     /// The encoded value without its tensors.
     pub metadata: &'a [u8],
-    /// The tensors, complete on this host; strided ones with gaps are packed.
+    /// The tensors: on the host, complete, dense or broadcast. Others are refused; [`stage`] makes them so.
     pub tensors: &'a [Tensor],
+    /// The device that each tensor is for at the target; empty for the host.
+    pub devices: &'a [Device],
 }
 
 impl<'a> Outbound<'a> {
     /// A frame without call, function, deadline or tensors.
     pub fn new(kind: Kind, metadata: &'a [u8]) -> Self {
-        Self { kind, call: 0, function: 0, deadline_us: 0, metadata, tensors: &[] }
+        Self { kind, call: 0, function: 0, deadline_us: 0, metadata, tensors: &[], devices: &[] }
     }
+}
+
+/// Tensors as [`Outbound`] takes them, once `pending` has passed.
+#[derive(Debug, Default)]
+pub struct Staged {
+    /// On the host, dense or broadcast.
+    pub tensors: Vec<Tensor>,
+    /// Where each came from; empty if all were on the host.
+    pub devices: Vec<Device>,
+    /// The fences to wait for before they are sent (FENCE).
+    pub pending: Vec<Event>,
+}
+
+/// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
+/// streams behind their writes. Nothing is waited for.
+///
+/// # Errors
+/// [`DeviceError`] of a device or of memory.
+pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, DeviceError> {
+    let mut devices = Vec::new();
+    if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
+        devices.extend(tensors.iter().map(Tensor::device));
+    }
+    let mut pending = Vec::new();
+    for tensor in &mut tensors {
+        if tensor.device() != Device::HOST || !tensor.layout().is_dense_or_broadcast() {
+            *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
+        }
+        let event = tensor.storage().ready_event();
+        if !event.query()? {
+            pending.push(event.clone());
+        }
+    }
+    Ok(Staged { tensors, devices, pending })
 }
 
 /// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids.
 pub(crate) fn encode_frame(
     outbound: &Outbound<'_>,
     inline_bytes_max: u64,
-    runtime: &Runtime,
     next_transfer: &mut u64,
     wire: &mut Vec<u8>,
 ) -> Result<Vec<(u64, Tensor)>, DeviceError> {
@@ -85,22 +120,18 @@ pub(crate) fn encode_frame(
     };
     wire.extend_from_slice(header.as_bytes());
     let mut bulk = Vec::new();
-    let mut inline: Vec<Tensor> = Vec::new();
-    for tensor in outbound.tensors {
-        let tensor = if tensor.layout().is_dense_or_broadcast() {
-            tensor.clone()
-        } else {
-            tensor.pack(&runtime.stream(tensor.device())?)?
-        };
-        let mut descriptor = Descriptor::of(&tensor, Mode::Inline);
+    let mut inline: Vec<&Tensor> = Vec::new();
+    for (index, tensor) in outbound.tensors.iter().enumerate() {
+        // Unreadable tensors fail their own call, here; later they would end the connection.
+        payload(tensor)?;
+        let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
+        let mut descriptor = Descriptor::of(tensor, device, Mode::Inline);
         if header.payload_len + descriptor.len_bytes <= inline_bytes_max {
             header.payload_len += descriptor.len_bytes;
             inline.push(tensor);
         } else {
-            // Unreadable tensors fail their own call, here; later they would end the connection.
-            payload(&tensor)?;
             descriptor.mode = Mode::Bulk(*next_transfer);
-            bulk.push((*next_transfer, tensor));
+            bulk.push((*next_transfer, tensor.clone()));
             *next_transfer += 1;
         }
         descriptor.write(wire);
@@ -108,14 +139,21 @@ pub(crate) fn encode_frame(
     header.table_len = (wire.len() - start - HEADER_BYTES) as u32;
     wire[start..start + HEADER_BYTES].copy_from_slice(header.as_bytes());
     wire.extend_from_slice(outbound.metadata);
-    for tensor in &inline {
+    for tensor in inline {
         wire.extend_from_slice(payload(tensor)?);
     }
     Ok(bulk)
 }
 
 /// The bytes of a dense or broadcast tensor, without the rest of its storage.
+///
+/// # Errors
+/// [`DeviceError::NotReady`], [`DeviceError::NotHost`], and `NotContiguous` for a tensor with gaps: it was not staged.
 fn payload(tensor: &Tensor) -> Result<&[u8], DeviceError> {
+    if !tensor.layout().is_dense_or_broadcast() {
+        let what = "sending a tensor with gaps that was not staged";
+        return Err(DeviceError::Unsupported { what, device: tensor.device() });
+    }
     Ok(&tensor.storage().as_bytes()?[tensor.layout().byte_span()])
 }
 
@@ -335,7 +373,6 @@ impl Endpoint {
             return Err(TransferError::Closed { cause: Arc::clone(cause) });
         }
         let config = self.driver.config();
-        let runtime = &config.runtime;
         let Tx { wire, next_transfer, announced, .. } = &mut *tx;
         if let Some(name) = announce {
             let id = outbound.function as usize;
@@ -344,12 +381,12 @@ impl Endpoint {
             }
             if !announced[id] {
                 let announcement = Outbound { function: outbound.function, ..Outbound::new(Kind::Function, name) };
-                encode_frame(&announcement, 0, runtime, next_transfer, wire)?;
+                encode_frame(&announcement, 0, next_transfer, wire)?;
                 announced[id] = true;
             }
         }
         let before = wire.len();
-        let bulk = match encode_frame(outbound, config.limits.inline_bytes_max, runtime, next_transfer, wire) {
+        let bulk = match encode_frame(outbound, config.limits.inline_bytes_max, next_transfer, wire) {
             Ok(bulk) => bulk,
             Err(error) => {
                 wire.truncate(before);
@@ -432,9 +469,7 @@ impl Endpoint {
             bulk.link = BulkLink::Requested(now);
             self.driver.schedule(now + self.driver.config().connect_timeout);
             let request = Outbound::new(Kind::OpenBulk, &[]);
-            if let Err(error) =
-                encode_frame(&request, 0, &self.driver.config().runtime, &mut tx.next_transfer, &mut tx.wire)
-            {
+            if let Err(error) = encode_frame(&request, 0, &mut tx.next_transfer, &mut tx.wire) {
                 unreachable!("a frame without tensors encodes: {error}");
             }
         } else if self.status() == Status::Open {
@@ -589,7 +624,7 @@ impl Endpoint {
                         chunk.advance(len);
                         budget = budget.saturating_sub(len);
                         if complete && let Some(chunk) = rx.chunk.take() {
-                            let frame = lock(&self.transfers).end(chunk)?;
+                            let frame = lock(&self.transfers).end(chunk, &self.driver.config().runtime)?;
                             if let Some(frame) = frame {
                                 self.deliver(frame, turn)?;
                             }
@@ -953,7 +988,7 @@ pub(crate) fn greeting<T: serde::Serialize>(kind: Kind, value: &T) -> Vec<u8> {
         Err(error) => unreachable!("plain structs always encode: {error}"),
     };
     let mut wire = Vec::new();
-    match encode_frame(&Outbound::new(kind, &metadata), 0, Runtime::global(), &mut 0, &mut wire) {
+    match encode_frame(&Outbound::new(kind, &metadata), 0, &mut 0, &mut wire) {
         Ok(_) => wire,
         Err(error) => unreachable!("a frame without tensors encodes: {error}"),
     }

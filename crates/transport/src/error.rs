@@ -50,9 +50,6 @@ pub enum ProtocolError {
     /// An unknown device kind.
     #[error("unknown device kind {found}")]
     DeviceKind { found: u8 },
-    /// A device this worker cannot place a tensor on.
-    #[error("this worker has no device {device}")]
-    NoSuchDevice { device: farcall_device::Device },
     /// An unknown payload mode.
     #[error("unknown payload mode {found}")]
     Mode { found: u8 },

@@ -22,7 +22,7 @@ mod tcp;
 
 pub use address::{Limits, WorkerId, WorkerInfo};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
-pub use endpoint::{Endpoint, Outbound};
+pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{CloseCause, ProtocolError, TransferError};
 pub use receive::Frame;
 pub use store::*;

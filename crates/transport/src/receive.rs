@@ -28,6 +28,8 @@ pub struct Frame {
     pub metadata: Vec<u8>,
     /// The tensors, in the order of their indices in the metadata.
     pub tensors: Vec<Tensor>,
+    /// A device that a tensor is for and that is not here; then `tensors` is not complete.
+    pub misplaced: Option<Device>,
 }
 
 enum Place {
@@ -39,6 +41,7 @@ enum Place {
 
 struct Slot {
     layout: Layout,
+    device: Device,
     place: Place,
 }
 
@@ -50,10 +53,20 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    fn finish(mut self) -> Result<Frame, CloseCause> {
+    /// The frame, its payload complete. What is for a device is copied there on a stream; its fence tells when.
+    fn finish(mut self, runtime: &Runtime) -> Result<Frame, CloseCause> {
         for slot in self.slots {
             let Place::Complete(storage) = slot.place else { unreachable!("finished with a payload missing") };
-            self.frame.tensors.push(Tensor::from_storage(storage, slot.layout)?);
+            let mut tensor = Tensor::from_storage(storage, slot.layout)?;
+            if slot.device != Device::HOST {
+                // A peer's mistake or another machine's: the call fails, the connection goes on.
+                if !runtime.devices().contains(&slot.device) {
+                    self.frame.misplaced = Some(slot.device);
+                    break;
+                }
+                tensor = runtime.stream(slot.device)?.pack(&tensor, slot.device)?;
+            }
+            self.frame.tensors.push(tensor);
         }
         Ok(self.frame)
     }
@@ -127,7 +140,7 @@ impl Receiver {
                         unreachable!("matched above")
                     };
                     return Ok(Some(if partial.missing == 0 {
-                        Received::Frame(partial.finish()?)
+                        Received::Frame(partial.finish(&self.runtime)?)
                     } else {
                         Received::Waiting(partial)
                     }));
@@ -159,9 +172,6 @@ impl Receiver {
         let mut frame_bytes = 0_u64;
         for _ in 0..header.tensors {
             let Descriptor { layout, device, mode, len_bytes } = Descriptor::read(&mut table, &self.limits)?;
-            if device != Device::HOST {
-                return Err(ProtocolError::NoSuchDevice { device }.into());
-            }
             frame_bytes = frame_bytes.saturating_add(len_bytes);
             crate::frame::limit("tensor bytes in one frame", frame_bytes, self.limits.tensor_bytes_max)?;
             if mode == Mode::Inline {
@@ -171,10 +181,10 @@ impl Receiver {
             }
             let storage = self.runtime.alloc_host(len_bytes as usize)?;
             slots.push(match mode {
-                Mode::Inline => Slot { layout, place: Place::Inline(storage) },
+                Mode::Inline => Slot { layout, device, place: Place::Inline(storage) },
                 Mode::Bulk(transfer) => {
                     missing += 1;
-                    Slot { layout, place: Place::Bulk(transfer, storage) }
+                    Slot { layout, device, place: Place::Bulk(transfer, storage) }
                 }
             });
         }
@@ -187,6 +197,7 @@ impl Receiver {
             deadline_us: header.deadline_us,
             metadata: metadata.to_vec(),
             tensors: Vec::with_capacity(slots.len()),
+            misplaced: None,
         };
         Ok(Partial { frame, slots, missing })
     }
@@ -312,7 +323,7 @@ impl Transfers {
     }
 
     /// Takes a complete chunk back; gives the frame whose last one it was.
-    pub(crate) fn end(&mut self, chunk: Chunk) -> Result<Option<Frame>, CloseCause> {
+    pub(crate) fn end(&mut self, chunk: Chunk, runtime: &Runtime) -> Result<Option<Frame>, CloseCause> {
         let Some(transfer) = self.transfers.get_mut(&chunk.transfer) else { return Ok(None) };
         transfer.filled = chunk.end;
         if chunk.end < chunk.storage.len() {
@@ -327,7 +338,7 @@ impl Transfers {
         if partial.missing > 0 {
             return Ok(None);
         }
-        self.partials.remove(&id).map(Partial::finish).transpose()
+        self.partials.remove(&id).map(|partial| partial.finish(runtime)).transpose()
     }
 }
 
@@ -339,9 +350,9 @@ mod tests {
     fn request(metadata: &[u8], tensors: &[Tensor], inline_max: u64) -> (Vec<u8>, Vec<(u64, Tensor)>) {
         let mut wire = Vec::new();
         let mut next_transfer = 1;
-        let outbound = Outbound { kind: Kind::Request, call: 7, function: 3, deadline_us: 0, metadata, tensors };
-        let bulk =
-            encode_frame(&outbound, inline_max, Runtime::global(), &mut next_transfer, &mut wire).expect("encodes");
+        let outbound =
+            Outbound { kind: Kind::Request, call: 7, function: 3, deadline_us: 0, metadata, tensors, devices: &[] };
+        let bulk = encode_frame(&outbound, inline_max, &mut next_transfer, &mut wire).expect("encodes");
         (wire, bulk)
     }
 
@@ -396,7 +407,7 @@ mod tests {
             let mut chunk = transfers.begin(&header).expect("in order").expect("announced");
             chunk.target().expect("host").copy_from_slice(&bytes[offset..end]);
             chunk.advance(end - offset);
-            let frame = transfers.end(chunk).expect("placed");
+            let frame = transfers.end(chunk, Runtime::global()).expect("placed");
             assert_eq!(frame.is_some(), end == 16);
             if let Some(frame) = frame {
                 assert_eq!(frame.tensors[0].as_slice::<u32>().expect("u32"), [0, 1, 2, 3]);

@@ -1,0 +1,137 @@
+//! Tensors of emulated devices, and tensors that are not ready: FENCE and READY over the wire, in every stream mode.
+//!
+//! The checker panics on any missing wait, at whichever end.
+
+use std::time::Duration;
+
+use farcall::device::{Check, Config, CpuMode, Event};
+use farcall::prelude::*;
+use farcall::{DeviceError, Runtime, TensorMut};
+
+use crate::functions::{double_on_device, echo, order};
+use crate::harness::{Group, block_on, bounded, unique};
+
+/// Inline, three runs of threads, eight of chaos: a seed that fails is in the message.
+fn modes() -> Vec<CpuMode> {
+    let threads = (1..=3).map(|seed| CpuMode::Threads { seed });
+    let chaos = (1..=8).map(|seed| CpuMode::Chaos { seed });
+    [CpuMode::Inline].into_iter().chain(threads).chain(chaos).collect()
+}
+
+/// A group whose workers each have a runtime of their own, with two emulated devices.
+fn group(cpu: CpuMode, devices_of: impl Fn(u32) -> u16) -> Group {
+    Group::with(2, |options| {
+        let config =
+            Config { emulated_devices: devices_of(options.rank), cpu, check: Check::Panic, ..Config::default() };
+        options.device_runtime = Some(Runtime::new(config).expect("an emulated runtime"));
+    })
+}
+
+/// 0, 1, 2, … on `device`, written there by a stream, perhaps later.
+fn counting_on(runtime: &Runtime, device: Device, len: usize) -> Tensor {
+    let stream = runtime.stream(device).expect("an emulated device");
+    let mut storage = stream.alloc(len * 4).expect("memory");
+    let kernel = |_: &[&[u8]], bytes: &mut [u8]| {
+        for (index, element) in bytes.chunks_exact_mut(4).enumerate() {
+            element.copy_from_slice(&(index as f32).to_le_bytes());
+        }
+    };
+    stream.launch(&[], &mut storage, kernel).expect("enqueued");
+    TensorMut::from_storage(storage, DType::F32, &[len]).expect("exact").freeze(&stream)
+}
+
+fn floats(tensor: &Tensor) -> Vec<f32> {
+    block_on(tensor.host()).expect("a host copy").to_vec::<f32>().expect("f32")
+}
+
+#[test]
+fn tensors_of_devices_arrive_on_the_same_device_and_are_ready() {
+    for mode in modes() {
+        bounded(move || {
+            let group = group(mode, |_| 2);
+            let (agent, w1) = (&group.agents[0], group.agents[0].to("w1"));
+            // Inline in the frame, and on the bulk connection.
+            for len in [5, 100_000] {
+                for device in [Device::Cuda(0), Device::Cuda(1)] {
+                    let x = counting_on(agent.runtime(), device, len);
+                    let expected: Vec<f32> = (0..len).map(|index| 2.0 * index as f32).collect();
+                    let y = w1.call(double_on_device, (&x,)).wait().expect("doubled");
+                    assert_eq!((y.device(), floats(&y)), (device, expected.clone()), "{mode:?}");
+                    let y = block_on(w1.call(double_on_device, (&x,)).into_future()).expect("doubled");
+                    assert!(y.storage().is_ready().expect("no failure"), "READY, {mode:?}");
+                    let stream = agent.runtime().stream(device).expect("a device");
+                    let y = block_on(w1.call(double_on_device, (&x,)).on(&stream)).expect("doubled");
+                    assert_eq!(floats(&y), expected, "{mode:?}");
+                }
+            }
+            // A view with gaps is packed behind its writes.
+            let x = counting_on(agent.runtime(), Device::Cuda(1), 12).reshape(&[3, 4]).expect("a view");
+            let y = w1.call(echo, (x.narrow(1, 1, 2).expect("a view"),)).wait().expect("there and back");
+            assert_eq!(floats(&y), [1.0, 2.0, 5.0, 6.0, 9.0, 10.0], "{mode:?}");
+            assert!(agent.runtime().races().is_empty(), "{mode:?}");
+            group.shutdown();
+        });
+    }
+}
+
+/// FENCE: the call waits for its tensor; a later one goes ahead of it.
+#[test]
+fn a_call_whose_tensor_is_not_ready_delays_no_later_call() {
+    bounded(|| {
+        let group = group(CpuMode::Threads { seed: 7 }, |_| 0);
+        let (agent, w1) = (&group.agents[0], group.agents[0].to("w1"));
+        let key = unique("ready");
+        let mut bytes = agent.runtime().alloc_host(4).expect("memory");
+        bytes.as_bytes_mut().expect("host").copy_from_slice(&7.0_f32.to_le_bytes());
+        let (token, written) = Event::token(agent.runtime());
+        let layout = farcall::Layout::contiguous(DType::F32, &[1]).expect("small");
+        let x = Tensor::from_storage(bytes.freeze_at(written), layout).expect("exact");
+        let late = w1.call(echo, (&x,));
+        // Answered while the first has not been sent: it could not be, its bytes are not there.
+        assert_eq!(w1.call(order, (&key,)).wait().expect("at once"), 1);
+        assert!(!late.is_done());
+        token.complete();
+        assert_eq!(late.wait().expect("once it is ready").to_vec::<f32>().expect("f32"), [7.0]);
+        group.shutdown();
+    });
+}
+
+#[test]
+fn a_tensor_that_never_gets_ready_fails_its_call_and_no_other() {
+    bounded(|| {
+        let group = group(CpuMode::Threads { seed: 8 }, |_| 0);
+        let (agent, w1) = (&group.agents[0], group.agents[0].to("w1"));
+        let pending = || {
+            let bytes = agent.runtime().alloc_host(4).expect("memory");
+            let (token, written) = Event::token(agent.runtime());
+            let layout = farcall::Layout::contiguous(DType::F32, &[1]).expect("small");
+            (token, Tensor::from_storage(bytes.freeze_at(written), layout).expect("exact"))
+        };
+        let (token, x) = pending();
+        let failing = w1.call(echo, (&x,));
+        token.fail(DeviceError::Cancelled);
+        assert!(matches!(failing.wait(), Err(CallError::Device(_))));
+        let (token, x) = pending();
+        let overdue = w1.deadline(Duration::from_millis(20)).call(echo, (&x,));
+        assert!(matches!(overdue.wait(), Err(CallError::Deadline { .. })));
+        token.complete();
+        group.answers();
+        assert_eq!(agent.in_flight(), 0);
+        group.shutdown();
+    });
+}
+
+#[test]
+fn a_tensor_for_a_device_that_is_not_there_fails_its_call_and_names_the_devices() {
+    bounded(|| {
+        let group = group(CpuMode::Inline, |rank| if rank == 0 { 2 } else { 1 });
+        let (agent, w1) = (&group.agents[0], group.agents[0].to("w1"));
+        let x = counting_on(agent.runtime(), Device::Cuda(1), 3);
+        let error = w1.call(echo, (&x,)).wait().expect_err("w1 has one device");
+        let CallError::BadArguments { message, .. } = error else { panic!("{error}") };
+        assert!(message.contains("cuda:1") && message.contains("w1"), "{message}");
+        let x = counting_on(agent.runtime(), Device::Cuda(0), 3);
+        assert_eq!(floats(&w1.call(echo, (&x,)).wait().expect("there")), [0.0, 1.0, 2.0]);
+        group.shutdown();
+    });
+}
