@@ -424,3 +424,9 @@ pub(crate) fn double_on_device(cx: &farcall::Call, x: Tensor) -> farcall::Result
     })?;
     Ok(farcall::TensorMut::from_storage(doubled, x.dtype(), x.shape())?.freeze(&stream))
 }
+
+/// Where a tensor has arrived.
+#[farcall::function(name = "test::device_of")]
+pub(crate) fn device_of(x: Tensor) -> String {
+    x.device().to_string()
+}

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use farcall::device::{Check, Config, CpuMode, Event};
 use farcall::prelude::*;
-use farcall::{DeviceError, Runtime, TensorMut};
+use farcall::{DeviceError, DeviceMap, Runtime, StoreServer, TensorMut};
 
-use crate::functions::{double_on_device, echo, order};
+use crate::functions::{device_of, double_on_device, echo, order};
 use crate::harness::{Group, block_on, bounded, unique};
 
 /// Inline, three runs of threads, eight of chaos: a seed that fails is in the message.
@@ -128,10 +128,58 @@ fn a_tensor_for_a_device_that_is_not_there_fails_its_call_and_names_the_devices(
         let (agent, w1) = (&group.agents[0], group.agents[0].to("w1"));
         let x = counting_on(agent.runtime(), Device::Cuda(1), 3);
         let error = w1.call(echo, (&x,)).wait().expect_err("w1 has one device");
-        let CallError::BadArguments { message, .. } = error else { panic!("{error}") };
-        assert!(message.contains("cuda:1") && message.contains("w1"), "{message}");
+        assert!(matches!(error, CallError::BadArguments { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("on w1") && text.ends_with("a tensor is for cuda:1, there is cpu:0, cuda:0"), "{text}");
         let x = counting_on(agent.runtime(), Device::Cuda(0), 3);
         assert_eq!(floats(&w1.call(echo, (&x,)).wait().expect("there")), [0.0, 1.0, 2.0]);
         group.shutdown();
+    });
+}
+
+#[test]
+fn a_device_map_leads_tensors_there_and_results_back() {
+    bounded(|| {
+        let config = || Config { emulated_devices: 3, check: Check::Panic, ..Config::default() };
+        let map = DeviceMap::new([(Device::Cuda(0), Device::Cuda(1)), (Device::Cuda(1), Device::Cuda(2))]);
+        let map = map.expect("one to one");
+        let group = Group::with(2, |options| {
+            options.device_runtime = Some(Runtime::new(config()).expect("an emulated runtime"));
+            if options.rank == 0 {
+                options.device_maps.insert("w1".to_owned(), map.clone());
+            }
+        });
+        let (agent, w1) = (&group.agents[0], group.agents[0].to("w1"));
+        let x = counting_on(agent.runtime(), Device::Cuda(0), 3);
+        assert_eq!(w1.call(device_of, (&x,)).wait().expect("mapped"), "cuda:1");
+        let y = w1.call(double_on_device, (&x,)).wait().expect("doubled");
+        assert_eq!((y.device(), floats(&y)), (Device::Cuda(0), vec![0.0, 2.0, 4.0]), "back where it came from");
+        let x = counting_on(agent.runtime(), Device::Cuda(2), 3);
+        let error = w1.call(echo, (&x,)).wait().expect_err("cuda:2 is not mapped");
+        let text = error.to_string();
+        assert!(matches!(error, CallError::Unmapped { device: Device::Cuda(2), .. }), "{text}");
+        assert!(text.contains("cuda:0 → cuda:1, cuda:1 → cuda:2"), "{text}");
+        // Without a map on that side, the same index.
+        let x = counting_on(group.agents[1].runtime(), Device::Cuda(2), 3);
+        assert_eq!(group.agents[1].to("w0").call(device_of, (&x,)).wait().expect("the same"), "cuda:2");
+        group.shutdown();
+    });
+}
+
+#[test]
+fn a_device_map_that_cannot_be_is_refused_at_join() {
+    bounded(|| {
+        let store = StoreServer::bind("127.0.0.1:0").expect("a store");
+        let mut options = Options::new(0, 1, store.address().to_string());
+        options.host_store = false;
+        options.device_runtime = Some(Runtime::new(Config::default()).expect("no devices"));
+        let map = DeviceMap::new([(Device::Cuda(0), Device::Cuda(0))]).expect("one to one");
+        options.device_maps.insert("w0".to_owned(), map);
+        let refused = Agent::join_blocking(options.clone()).expect_err("there is no cuda:0");
+        assert!(refused.to_string().contains("this worker has cpu:0"), "{refused}");
+        options.group = unique("group");
+        options.device_maps = [("w7".to_owned(), DeviceMap::default())].into();
+        let refused = Agent::join_blocking(options).expect_err("there is no w7");
+        assert!(refused.to_string().contains("device map for w7"), "{refused}");
     });
 }

@@ -22,6 +22,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("docs"), title: "documentation without warnings", run: docs },
     Step { command: Some("examples"), title: "release build, and every example of crates/farcall", run: examples },
     Step { command: Some("demo"), title: "`farcall demo`, without a word on standard error", run: demo },
+    Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
     Step { command: Some("budget"), title: "the dependency budget of the `farcall` binary", run: budget },
     Step {
@@ -99,6 +100,17 @@ fn demo() -> StepResult {
     build_release()?;
     let stderr = farcall("demo").run_within(PROGRAM_LIMIT)?;
     if stderr.is_empty() { Ok(Outcome::Passed) } else { Err(farcall("demo").failure("it wrote to standard error")) }
+}
+
+/// The integration tests run inline with the others; here in the modes in which a missing wait shows.
+fn streams() -> StepResult {
+    for mode in ["chaos:1", "threads:1"] {
+        let tests = Shell::new("cargo test -p farcall-tests --test all");
+        tests.env("FARCALL_CPU_STREAMS", mode).env("FARCALL_DEVICES", "emulated:2").run()?;
+        build_release()?;
+        farcall("demo --devices emulated:2 --streams").arg(mode).run_within(PROGRAM_LIMIT)?;
+    }
+    Ok(Outcome::Passed)
 }
 
 fn callgrind() -> StepResult {

@@ -7,9 +7,9 @@ use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use farcall::device::{bf16, f16};
+use farcall::device::{Config, bf16, f16};
 use farcall::prelude::*;
-use farcall::{Error, TensorMut};
+use farcall::{Error, Runtime, TensorMut};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
@@ -94,6 +94,20 @@ fn echo(x: Tensor) -> Tensor {
     x
 }
 
+/// Doubles each element on the tensor's device: enqueued behind the tensor's arrival, not waited for.
+#[farcall::function(name = "demo::double")]
+fn double(cx: &Call, x: Tensor) -> farcall::Result<Tensor> {
+    let stream = cx.stream(x.device())?;
+    let mut doubled = stream.alloc(x.numel() * size_of::<f32>())?;
+    stream.launch(&[x.storage()], &mut doubled, |reads, bytes| {
+        for (source, target) in reads[0].chunks_exact(4).zip(bytes.chunks_exact_mut(4)) {
+            let element = f32::from_le_bytes([source[0], source[1], source[2], source[3]]);
+            target.copy_from_slice(&(2.0 * element).to_le_bytes());
+        }
+    })?;
+    Ok(TensorMut::from_storage(doubled, x.dtype(), x.shape())?.freeze(&stream))
+}
+
 /// Calls a worker that will die, and reports what it was told and when (milliseconds after the epoch).
 #[farcall::function(name = "demo::watch")]
 async fn watch(cx: Call, worker: String) -> (String, u64) {
@@ -109,7 +123,11 @@ fn epoch_ms() -> u64 {
 // ---- processes ----
 
 /// The launcher: starts the workers, lets the first tell the story, and checks how each one ended.
-pub(crate) fn launch(weights: Option<&Path>) -> Result<ExitCode, Failure> {
+pub(crate) fn launch(
+    weights: Option<&Path>,
+    devices: Option<String>,
+    streams: Option<String>,
+) -> Result<ExitCode, Failure> {
     if let Some(file) = weights {
         // Refused here, in one voice, before four workers start.
         weights::check(file)?;
@@ -118,6 +136,8 @@ pub(crate) fn launch(weights: Option<&Path>) -> Result<ExitCode, Failure> {
     let mut workers = Workers::start(WORKERS, |_| {
         let mut command = std::process::Command::new(program.get_program());
         command.arg("demo-worker").stdin(Stdio::piped());
+        command.envs(devices.iter().map(|devices| ("FARCALL_DEVICES", devices)));
+        command.envs(streams.iter().map(|streams| ("FARCALL_CPU_STREAMS", streams)));
         if let Some(file) = weights {
             command.arg("--weights").arg(file);
         }
@@ -158,7 +178,12 @@ pub(crate) fn work(weights: Option<&Path>) -> Result<(), Failure> {
     // The demo's panic is part of the story; the caller prints it.
     std::panic::set_hook(Box::new(|_| {}));
     let started = Instant::now();
-    let agent = Agent::join_blocking(Options::from_env()?)?;
+    let mut options = Options::from_env()?;
+    // One voice for a setting that cannot be read, before anything uses the process's runtime.
+    let runtime = Runtime::new(Config::from_env()?)?;
+    drop(runtime.clone().set_global());
+    options.device_runtime = Some(runtime);
+    let agent = Agent::join_blocking(options)?;
     let told = match (agent.worker().rank, weights) {
         (0, None) => tell(&agent, started.elapsed()),
         (0, Some(file)) => weights::tell(&agent, file),
@@ -189,6 +214,7 @@ fn tell(agent: &Agent, joined_after: Duration) -> Result<(), Failure> {
     }
     println!("  joined in {joined_after:.1?}; no connections yet, they are made at first use");
     plain_calls(agent)?;
+    devices(agent)?;
     failures(agent)?;
     bandwidth(agent)?;
     sudden_death(agent)?;
@@ -243,6 +269,33 @@ fn plain_calls(agent: &Agent) -> Result<(), Failure> {
     let back = agent.to("w1").call(relay, (route, &x)).wait()?;
     println!("  came back as {back:?}");
     check(back.as_slice::<f32>()? == x.as_slice::<f32>()?, "relay")
+}
+
+/// The story on devices, if there are any: `--devices emulated:2`.
+fn devices(agent: &Agent) -> Result<(), Failure> {
+    let devices: Vec<Device> =
+        agent.runtime().devices().iter().copied().filter(|device| *device != Device::HOST).collect();
+    if devices.is_empty() {
+        return Ok(());
+    }
+    chapter("Tensors of devices: written, sent, doubled there and sent back, each step behind the one before");
+    for device in devices {
+        let emulated = if agent.runtime().is_emulated(device) { " (emulated)" } else { "" };
+        let stream = agent.runtime().stream(device)?;
+        let mut storage = stream.alloc(4 * size_of::<f32>())?;
+        stream.launch(&[], &mut storage, |_, bytes| {
+            for (element, value) in bytes.chunks_exact_mut(4).zip([1.0_f32, 2.0, 3.0, 4.0]) {
+                element.copy_from_slice(&value.to_le_bytes());
+            }
+        })?;
+        let x = TensorMut::from_storage(storage, DType::F32, &[4])?.freeze(&stream);
+        let y = agent.to("w1").call(double, (&x,)).wait()?;
+        let z = agent.to("w2").call(double, (&y,)).wait()?;
+        let host = z.host().wait(Duration::from_secs(5))?;
+        println!("  {device}{emulated}: w1 and w2 gave {z:?} = {:?}", host.as_slice::<f32>()?);
+        check(z.device() == device && host.as_slice::<f32>()? == [4.0, 8.0, 12.0, 16.0], "the doubled tensor")?;
+    }
+    check(agent.runtime().races().is_empty(), "a missing wait")
 }
 
 fn failures(agent: &Agent) -> Result<(), Failure> {

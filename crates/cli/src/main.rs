@@ -28,6 +28,12 @@ enum Command {
         /// Send this safetensors checkpoint from one worker to the others and back, and compare every tensor's digest.
         #[arg(long, value_name = "FILE")]
         weights: Option<PathBuf>,
+        /// Give each worker emulated GPUs: `emulated:N` makes `cuda:0` to `cuda:N-1` on the CPU.
+        #[arg(long, value_name = "emulated:N")]
+        devices: Option<String>,
+        /// How streams run: `inline`, `threads:SEED`, or `chaos:SEED`, where nothing runs until it must.
+        #[arg(long, value_name = "MODE")]
+        streams: Option<String>,
     },
     /// Start N workers of a program on this machine, their environment set for `Options::from_env`.
     Run {
@@ -55,7 +61,7 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("FARCALL_LOG").unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     let result = match cli.command {
-        Command::Demo { weights } => demo::launch(weights.as_deref()),
+        Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
         Command::Run { n, program } => run::run(n, &program),
         Command::DemoWorker { weights } => demo::work(weights.as_deref()).map(|()| ExitCode::SUCCESS),
     };

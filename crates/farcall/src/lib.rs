@@ -10,8 +10,8 @@ pub use farcall_device::{
 };
 pub use farcall_macros::function;
 pub use farcall_rpc::{
-    Agent, Call, CallError, CallId, Error, Function, JoinError, Options, Registry, RemoteError, Reply, Result, Stage,
-    To,
+    Agent, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry, RemoteError, Reply,
+    Result, Stage, To,
 };
 pub use farcall_transport::{self as transport, CloseCause, Limits, StoreServer, WorkerId, WorkerInfo};
 

@@ -21,7 +21,7 @@ use crate::function::{Args, Function};
 use crate::join::{Group, Options};
 use crate::link::{Announcement, Link, call_error, resolve, run};
 use crate::registry::Registry;
-use crate::{CallError, CallId};
+use crate::{CallError, CallId, DeviceMap};
 
 /// How long a dropped agent waits for its threads.
 const DROP_WAIT: Duration = Duration::from_millis(200);
@@ -55,6 +55,7 @@ pub(crate) struct Inner {
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
     interned: RwLock<HashMap<TypeId, Arc<Interned>>>,
     me: WorkerId,
+    device_maps: HashMap<String, DeviceMap>,
     deadline: Duration,
     runtime_given: Option<Handle>,
     runtime_own: Mutex<Option<tokio::runtime::Runtime>>,
@@ -96,6 +97,7 @@ impl Agent {
             by_name: OnceLock::new(),
             interned: RwLock::default(),
             me: driver.config().worker.id.clone(),
+            device_maps: options.device_maps.clone(),
             deadline: options.deadline,
             runtime_given: options.runtime.clone(),
             runtime_own: Mutex::new(None),
@@ -161,6 +163,11 @@ impl Agent {
 impl Inner {
     fn routes(&self) -> &[Route] {
         self.routes.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// The map for the worker of that name; none means the same indices.
+    pub(crate) fn device_map(&self, worker: &str) -> DeviceMap {
+        self.device_maps.get(worker).cloned().unwrap_or_default()
     }
 
     fn rank(&self, target: &Target<'_>) -> Option<u32> {

@@ -4,9 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use farcall_device::{CodecError, DeviceError};
+use farcall_device::{CodecError, Device, DeviceError};
 use farcall_transport::{CloseCause, StoreError, TransferError};
 use serde::{Deserialize, Serialize};
+
+use crate::DeviceMap;
 
 /// What a handler fails with: any error, kept with its sources, for the caller to read as [`CallError::Remote`].
 ///
@@ -153,6 +155,9 @@ pub enum CallError {
     /// The arguments could not be encoded.
     #[error("{call}: {source}")]
     Encode { call: CallId, source: CodecError },
+    /// A tensor's device has no counterpart in the map for this worker.
+    #[error("{call}: {device} is not mapped to a device there; the map is: {map}")]
+    Unmapped { call: CallId, device: Device, map: DeviceMap },
     /// Too many calls wait for this worker already.
     #[error("{call}: {in_flight} calls in flight to {}; wait for some first", .call.worker)]
     Overloaded { call: CallId, in_flight: usize },
@@ -178,6 +183,9 @@ pub enum JoinError {
     /// Two workers of the group have one name.
     #[error("ranks {ranks:?} are both named {name}")]
     DuplicateWorker { name: Arc<str>, ranks: [u32; 2] },
+    /// A device map that cannot be.
+    #[error("device map for {worker}: {message}")]
+    DeviceMap { worker: String, message: String },
     /// The store could not be reached, or not all workers came.
     #[error(transparent)]
     Store(#[from] StoreError),

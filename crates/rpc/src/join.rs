@@ -4,6 +4,7 @@
 //! its own calls have their replies; it then serves on until every other is done or gone, and only then closes.
 //! Invariant BOUNDED: joining and leaving have deadlines; what they miss is named.
 
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,9 +16,9 @@ use farcall_transport::{
 };
 use tokio::sync::oneshot;
 
-use crate::Registry;
 use crate::agent::{Acceptor, Agent};
 use crate::error::JoinError;
+use crate::{DeviceMap, Registry};
 
 /// How often a leaving worker looks whether its own calls have ended.
 const DRAIN_TICK: Duration = Duration::from_millis(2);
@@ -56,6 +57,9 @@ pub struct Options {
     pub runtime: Option<tokio::runtime::Handle>,
     /// Memory and streams. Default: the process's.
     pub device_runtime: Option<Runtime>,
+    /// Which device of a worker, by name, stands for which here. A worker without a map has each device stand for the one of
+    /// the same index. With a map, tensors of devices that it leaves out cannot be sent.
+    pub device_maps: HashMap<String, DeviceMap>,
     /// Bounds on what peers may send.
     pub limits: Limits,
 }
@@ -77,6 +81,7 @@ impl Options {
             registry: None,
             runtime: None,
             device_runtime: None,
+            device_maps: HashMap::new(),
             limits: Limits::default(),
         }
     }
@@ -205,6 +210,10 @@ impl Agent {
             connect_timeout: Duration::from_secs(5),
             threads_max: 1024,
         })?;
+        for (worker, map) in &options.device_maps {
+            let wrong = |message| JoinError::DeviceMap { worker: worker.clone(), message };
+            map.check(&driver.config().runtime).map_err(wrong)?;
+        }
         let agent = Self::new(&options, &driver, registry);
         let group = Group {
             store,
@@ -213,7 +222,14 @@ impl Agent {
             world_size: options.world_size,
             shutdown_timeout: options.shutdown_timeout,
         };
-        agent.set_workers(meet_workers(&group, &driver.config().worker, deadline)?);
+        let workers = meet_workers(&group, &driver.config().worker, deadline)?;
+        if let Some(unknown) =
+            options.device_maps.keys().find(|name| workers.iter().all(|worker| *worker.id.name != ***name))
+        {
+            let message = "there is no such worker in the group".to_owned();
+            return Err(JoinError::DeviceMap { worker: unknown.clone(), message });
+        }
+        agent.set_workers(workers);
         // Set once, here.
         let _ = agent.inner().group.set(group);
         // Who joined faster may dial already: the socket listens. It is answered now, when handlers know the group.

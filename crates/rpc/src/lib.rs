@@ -12,6 +12,7 @@
 mod agent;
 mod call;
 mod context;
+mod device_map;
 mod error;
 mod function;
 mod join;
@@ -21,6 +22,7 @@ mod registry;
 pub use agent::{Agent, Target, To};
 pub use call::{Reply, ReplyFuture};
 pub use context::Call;
+pub use device_map::DeviceMap;
 pub use error::{CallError, CallId, Error, JoinError, RemoteError, Result, Stage};
 pub use function::{Arg, Args, Function, Handler, Outcome};
 pub use inventory;

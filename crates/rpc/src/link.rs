@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use farcall_device::{Device, DeviceError, Encoded, Event};
+use farcall_device::{DeviceError, Encoded, Event};
 use farcall_transport::frame::Kind;
 use farcall_transport::{
     CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, WorkerId, stage,
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::agent::{Agent, Inner, Interned};
 use crate::call::{CallTable, Slot, lock};
 use crate::context::Call;
+use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
 use crate::function::HandlerKind;
 use crate::registry::{Registered, Registry};
@@ -39,6 +40,7 @@ type Target = Result<Arc<Registered>, Failure>;
 pub(crate) struct Link {
     agent: Weak<Inner>,
     worker: Arc<WorkerId>,
+    devices: DeviceMap,
     calls: Mutex<CallTable>,
     functions: Mutex<Vec<Option<Target>>>,
 }
@@ -47,6 +49,7 @@ impl Link {
     pub(crate) fn new(agent: &Weak<Inner>, worker: WorkerId) -> Arc<Self> {
         Arc::new(Self {
             agent: Weak::clone(agent),
+            devices: agent.upgrade().map(|agent| agent.device_map(&worker.name)).unwrap_or_default(),
             worker: Arc::new(worker),
             calls: Mutex::default(),
             functions: Mutex::default(),
@@ -69,10 +72,17 @@ impl Link {
         encoded: Encoded,
     ) {
         let Encoded { metadata, tensors } = encoded;
-        let staged = match stage(&endpoint.driver().config().runtime, tensors) {
+        let mut staged = match stage(&endpoint.driver().config().runtime, tensors) {
             Ok(staged) => staged,
             Err(error) => return slot.complete(Err(error.into())),
         };
+        for device in &mut staged.devices {
+            let Some(there) = self.devices.there(*device) else {
+                let (call, map) = (slot.id.clone(), self.devices.clone());
+                return slot.complete(Err(CallError::Unmapped { call, device: *device, map }));
+            };
+            *device = there;
+        }
         let call = {
             let mut calls = lock(&self.calls);
             let in_flight = calls.len();
@@ -148,7 +158,7 @@ impl Link {
         Ok(())
     }
 
-    fn on_request(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
+    fn on_request(&self, endpoint: &Arc<Endpoint>, mut frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
         let Some(target) = lock(&self.functions).get(frame.function as usize).cloned().flatten() else {
             let message = format!("request for function id {}, which was not announced", frame.function);
             return Err(ProtocolError::Malformed { what: "request", message });
@@ -162,8 +172,7 @@ impl Link {
                 return Ok(());
             }
         };
-        if let Some(device) = frame.misplaced {
-            let message = misplaced(&agent, device);
+        if let Err(message) = place(&agent.driver.config().runtime, &mut frame.tensors, &frame.devices) {
             reply.send(Err(Failure::BadArguments { message }), Some(turn));
             return Ok(());
         }
@@ -178,11 +187,21 @@ impl Link {
         Ok(())
     }
 
-    fn on_answer(&self, frame: Frame) -> Result<(), ProtocolError> {
+    /// Puts a result's tensors where the map's inverse says.
+    fn place_result(&self, endpoint: &Endpoint, frame: &mut Frame) -> Result<(), String> {
+        for device in &mut frame.devices {
+            let unmapped =
+                || format!("{device} of {} stands for no device here; the map is: {}", self.worker, self.devices);
+            *device = self.devices.here(*device).ok_or_else(unmapped)?;
+        }
+        place(&endpoint.driver().config().runtime, &mut frame.tensors, &frame.devices)
+    }
+
+    fn on_answer(&self, endpoint: &Endpoint, mut frame: Frame) -> Result<(), ProtocolError> {
         // Gone: its deadline passed. The late answer is nobody's.
         let Some(slot) = lock(&self.calls).remove(frame.call) else { return Ok(()) };
-        let outcome = if let (Some(device), Some(agent)) = (frame.misplaced, self.agent.upgrade()) {
-            Err(CallError::BadReply { call: slot.id.clone(), message: misplaced(&agent, device) })
+        let outcome = if let Err(message) = self.place_result(endpoint, &mut frame) {
+            Err(CallError::BadReply { call: slot.id.clone(), message })
         } else if frame.kind == Kind::Reply {
             Ok(Encoded { metadata: frame.metadata, tensors: frame.tensors })
         } else {
@@ -194,11 +213,6 @@ impl Link {
         slot.complete(outcome);
         Ok(())
     }
-}
-
-fn misplaced(agent: &Inner, device: Device) -> String {
-    let devices = agent.driver.config().runtime.devices();
-    format!("a tensor is for {device}, and {} has {devices:?}", agent.driver.config().worker.id)
 }
 
 /// Calls `then` when all of `pending` have passed, or one has failed: under no lock, on the thread that learns of it.
@@ -389,7 +403,7 @@ impl Peer for Link {
     fn on_frame(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
         match frame.kind {
             Kind::Request => self.on_request(endpoint, frame, turn),
-            Kind::Reply | Kind::Error => self.on_answer(frame),
+            Kind::Reply | Kind::Error => self.on_answer(endpoint, frame),
             Kind::Function => self.on_announcement(&frame),
             kind => Err(ProtocolError::Unexpected { kind, expected: "a frame of a call" }),
         }

@@ -624,7 +624,7 @@ impl Endpoint {
                         chunk.advance(len);
                         budget = budget.saturating_sub(len);
                         if complete && let Some(chunk) = rx.chunk.take() {
-                            let frame = lock(&self.transfers).end(chunk, &self.driver.config().runtime)?;
+                            let frame = lock(&self.transfers).end(chunk)?;
                             if let Some(frame) = frame {
                                 self.deliver(frame, turn)?;
                             }

@@ -28,8 +28,8 @@ pub struct Frame {
     pub metadata: Vec<u8>,
     /// The tensors, in the order of their indices in the metadata.
     pub tensors: Vec<Tensor>,
-    /// A device that a tensor is for and that is not here; then `tensors` is not complete.
-    pub misplaced: Option<Device>,
+    /// The device that each is for, as the sender says; empty if all are for the host. They lie on the host still.
+    pub devices: Vec<Device>,
 }
 
 enum Place {
@@ -53,20 +53,13 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    /// The frame, its payload complete. What is for a device is copied there on a stream; its fence tells when.
-    fn finish(mut self, runtime: &Runtime) -> Result<Frame, CloseCause> {
+    fn finish(mut self) -> Result<Frame, CloseCause> {
+        if self.slots.iter().any(|slot| slot.device != Device::HOST) {
+            self.frame.devices.extend(self.slots.iter().map(|slot| slot.device));
+        }
         for slot in self.slots {
             let Place::Complete(storage) = slot.place else { unreachable!("finished with a payload missing") };
-            let mut tensor = Tensor::from_storage(storage, slot.layout)?;
-            if slot.device != Device::HOST {
-                // A peer's mistake or another machine's: the call fails, the connection goes on.
-                if !runtime.devices().contains(&slot.device) {
-                    self.frame.misplaced = Some(slot.device);
-                    break;
-                }
-                tensor = runtime.stream(slot.device)?.pack(&tensor, slot.device)?;
-            }
-            self.frame.tensors.push(tensor);
+            self.frame.tensors.push(Tensor::from_storage(storage, slot.layout)?);
         }
         Ok(self.frame)
     }
@@ -140,7 +133,7 @@ impl Receiver {
                         unreachable!("matched above")
                     };
                     return Ok(Some(if partial.missing == 0 {
-                        Received::Frame(partial.finish(&self.runtime)?)
+                        Received::Frame(partial.finish()?)
                     } else {
                         Received::Waiting(partial)
                     }));
@@ -197,7 +190,7 @@ impl Receiver {
             deadline_us: header.deadline_us,
             metadata: metadata.to_vec(),
             tensors: Vec::with_capacity(slots.len()),
-            misplaced: None,
+            devices: Vec::new(),
         };
         Ok(Partial { frame, slots, missing })
     }
@@ -323,7 +316,7 @@ impl Transfers {
     }
 
     /// Takes a complete chunk back; gives the frame whose last one it was.
-    pub(crate) fn end(&mut self, chunk: Chunk, runtime: &Runtime) -> Result<Option<Frame>, CloseCause> {
+    pub(crate) fn end(&mut self, chunk: Chunk) -> Result<Option<Frame>, CloseCause> {
         let Some(transfer) = self.transfers.get_mut(&chunk.transfer) else { return Ok(None) };
         transfer.filled = chunk.end;
         if chunk.end < chunk.storage.len() {
@@ -338,7 +331,7 @@ impl Transfers {
         if partial.missing > 0 {
             return Ok(None);
         }
-        self.partials.remove(&id).map(|partial| partial.finish(runtime)).transpose()
+        self.partials.remove(&id).map(Partial::finish).transpose()
     }
 }
 
@@ -407,7 +400,7 @@ mod tests {
             let mut chunk = transfers.begin(&header).expect("in order").expect("announced");
             chunk.target().expect("host").copy_from_slice(&bytes[offset..end]);
             chunk.advance(end - offset);
-            let frame = transfers.end(chunk, Runtime::global()).expect("placed");
+            let frame = transfers.end(chunk).expect("placed");
             assert_eq!(frame.is_some(), end == 16);
             if let Some(frame) = frame {
                 assert_eq!(frame.tensors[0].as_slice::<u32>().expect("u32"), [0, 1, 2, 3]);
