@@ -4,12 +4,12 @@
 
 use std::time::Duration;
 
-use farcall::device::{Check, Config, CpuMode, Event};
+use farcall::device::{Check, Config, CpuMode, Event, mutants};
 use farcall::prelude::*;
 use farcall::{DeviceError, DeviceMap, Runtime, StoreServer, TensorMut};
 
 use crate::functions::{device_of, double_on_device, echo, order};
-use crate::harness::{Group, block_on, bounded, unique};
+use crate::harness::{Group, block_on, bounded, step, unique};
 
 /// Inline, three runs of threads, eight of chaos: a seed that fails is in the message.
 fn modes() -> Vec<CpuMode> {
@@ -72,6 +72,57 @@ fn tensors_of_devices_arrive_on_the_same_device_and_are_ready() {
             group.shutdown();
         });
     }
+}
+
+/// A call with a tensor of a device: produced on one stream, doubled by the callee on another, ordered on a third of the
+/// caller's and read by a fourth.
+fn call_on_devices(group: &Group) -> Vec<f32> {
+    let (agent, w1) = (&group.agents[0], group.agents[0].to("w1"));
+    let stream = || agent.runtime().stream(Device::Cuda(0)).expect("a device");
+    let x = counting_on(agent.runtime(), Device::Cuda(0), 5);
+    let Ok(y) = block_on(w1.call(double_on_device, (&x,)).on(&stream())) else { return Vec::new() };
+    let reader = stream();
+    let mut sum = reader.alloc(20).expect("memory");
+    let copied = reader.launch(&[y.storage()], &mut sum, |reads, bytes| bytes.copy_from_slice(reads[0]));
+    copied.expect("enqueued");
+    let z = TensorMut::from_storage(sum, DType::F32, &[5]).expect("exact").freeze(&reader);
+    block_on(z.host()).and_then(|host| host.to_vec::<f32>()).unwrap_or_default()
+}
+
+/// Whichever wait of a call is forgotten, at the caller or at the callee: the checker sees it, under every schedule.
+#[test]
+fn each_forgotten_wait_of_a_call_is_reported_under_every_seed() {
+    bounded(|| {
+        let in_chaos = |seed| {
+            Group::with(2, move |options| {
+                let cpu = CpuMode::Chaos { seed };
+                let config = Config { emulated_devices: 1, cpu, check: Check::Report, ..Config::default() };
+                options.device_runtime = Some(Runtime::new(config).expect("an emulated runtime"));
+            })
+        };
+        let mut waits = [0; 2];
+        for (worker, waits) in waits.iter_mut().enumerate() {
+            let group = in_chaos(0);
+            let (values, count) = mutants::count_edges(group.agents[worker].runtime(), || call_on_devices(&group));
+            assert_eq!(values, [0.0, 2.0, 4.0, 6.0, 8.0]);
+            *waits = count;
+            group.shutdown();
+        }
+        assert!(waits.iter().all(|waits| *waits > 0), "both ends wait: {waits:?}");
+        let mut wrong = 0;
+        for (worker, waits) in waits.into_iter().enumerate() {
+            for (n, seed) in (0..waits).flat_map(|n| (0..64).map(move |seed| (n, seed))) {
+                step(format_args!("w{worker} forgets wait {n} of {waits}, seed {seed}"));
+                let group = in_chaos(seed);
+                let runtime = group.agents[worker].runtime();
+                let values = mutants::without_edge(runtime, n, || call_on_devices(&group));
+                wrong += usize::from(values != [0.0, 2.0, 4.0, 6.0, 8.0]);
+                assert!(!runtime.races().is_empty(), "w{worker}, wait {n} of {waits}, seed {seed}");
+                group.shutdown();
+            }
+        }
+        println!("{waits:?} waits forgotten under 64 seeds each: all reported, {wrong} gave wrong values");
+    });
 }
 
 /// FENCE: the call waits for its tensor; a later one goes ahead of it.
