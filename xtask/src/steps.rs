@@ -23,6 +23,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("examples"), title: "release build, and every example of crates/farcall", run: examples },
     Step { command: Some("demo"), title: "`farcall demo`, without a word on standard error", run: demo },
     Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
+    Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
     Step { command: Some("budget"), title: "the dependency budget of the `farcall` binary", run: budget },
     Step {
@@ -38,9 +39,9 @@ const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 /// How long the download of the model may take.
 const DOWNLOAD_LIMIT: Duration = Duration::from_secs(300);
 
-/// Instructions of one inline call with a small tensor, both ends and all threads, in user space. Measured: 12,070. More
+/// Instructions of one inline call with a small tensor, both ends and all threads, in user space. Measured: 13,116. More
 /// needs a reason in the commit that raises it.
-const INSTRUCTIONS_MAX: u64 = 13_500;
+const INSTRUCTIONS_MAX: u64 = 14_500;
 
 /// How long a run under callgrind may take.
 const CALLGRIND_LIMIT: Duration = Duration::from_secs(120);
@@ -113,9 +114,26 @@ fn streams() -> StepResult {
     Ok(Outcome::Passed)
 }
 
+/// Memory, storages, layouts, futures and the codec: wherever `unsafe` is, and what leans on it. With a nightly toolchain,
+/// `cargo miri test -p farcall-device layout` sees more (not run here: there is none).
+fn memcheck() -> StepResult {
+    if let Some(skipped) = without_valgrind() {
+        return Ok(skipped);
+    }
+    let tests = "cargo test -p farcall-device --lib -- layout storage future codec memory pool event tensor";
+    let variable = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
+    Shell::new(tests).env(variable, "valgrind --quiet --error-exitcode=9").run()?;
+    Ok(Outcome::Passed)
+}
+
+fn without_valgrind() -> Option<Outcome> {
+    let missing = Shell::new("valgrind --version").output().is_err();
+    missing.then(|| Outcome::Skipped("valgrind is not installed".to_owned()))
+}
+
 fn callgrind() -> StepResult {
-    if Shell::new("valgrind --version").output().is_err() {
-        return Ok(Outcome::Skipped("valgrind is not installed".to_owned()));
+    if let Some(skipped) = without_valgrind() {
+        return Ok(skipped);
     }
     Shell::new("cargo build --release -p farcall-benches").run()?;
     let (few, many) = (500, 1500);

@@ -55,7 +55,7 @@ pub struct Outbound<'a> {
     pub deadline_us: u64,
     /// The encoded value without its tensors.
     pub metadata: &'a [u8],
-    /// The tensors: on the host, complete, dense or broadcast. Others are refused; [`stage`] makes them so.
+    /// The tensors: on the host, complete, dense or broadcast, as [`stage`] makes them.
     pub tensors: &'a [Tensor],
     /// The device that each tensor is for at the target; empty for the host.
     pub devices: &'a [Device],
@@ -91,7 +91,8 @@ pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, Devi
     }
     let mut pending = Vec::new();
     for tensor in &mut tensors {
-        if tensor.device() != Device::HOST || !tensor.layout().is_dense_or_broadcast() {
+        let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
+        if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
         }
         let event = tensor.storage().ready_event();
@@ -122,6 +123,7 @@ pub(crate) fn encode_frame(
     let mut bulk = Vec::new();
     let mut inline: Vec<&Tensor> = Vec::new();
     for (index, tensor) in outbound.tensors.iter().enumerate() {
+        debug_assert!(tensor.layout().is_dense_or_broadcast(), "sent without `stage`: {tensor:?}");
         // Unreadable tensors fail their own call, here; later they would end the connection.
         payload(tensor)?;
         let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
@@ -148,12 +150,8 @@ pub(crate) fn encode_frame(
 /// The bytes of a dense or broadcast tensor, without the rest of its storage.
 ///
 /// # Errors
-/// [`DeviceError::NotReady`], [`DeviceError::NotHost`], and `NotContiguous` for a tensor with gaps: it was not staged.
+/// [`DeviceError::NotReady`], [`DeviceError::NotHost`].
 fn payload(tensor: &Tensor) -> Result<&[u8], DeviceError> {
-    if !tensor.layout().is_dense_or_broadcast() {
-        let what = "sending a tensor with gaps that was not staged";
-        return Err(DeviceError::Unsupported { what, device: tensor.device() });
-    }
     Ok(&tensor.storage().as_bytes()?[tensor.layout().byte_span()])
 }
 
