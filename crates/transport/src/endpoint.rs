@@ -10,6 +10,9 @@
 //! turn; control frames never wait for it.
 //! Lock order: `rx` → (`transfers`, `bulk_rx`) and `tx` → `bulk`; `interest` is innermost.
 
+mod bulk;
+mod encode;
+
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -18,16 +21,18 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use farcall_device::{Device, DeviceError, Event, Runtime, Tensor};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use socket2::Socket;
 
+use bulk::{Bulk, BulkLink, BulkRx, STALL_MAX};
+pub use encode::{Outbound, Staged, stage};
+pub(crate) use encode::{encode_frame, greeting, read_greeting, write_greeting};
+
 use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
-use crate::descriptor::{Descriptor, Mode};
 use crate::driver::{Driver, Peer, Registration, Turn};
-use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
-use crate::receive::{Chunk, Received, Receiver, Transfers};
+use crate::frame::{FEATURES, HEADER_BYTES, Kind, VERSION};
+use crate::receive::{Received, Receiver, Transfers};
 use crate::tcp::{self, Progress, Wait};
 use crate::{CloseCause, Frame, ProtocolError, TransferError, WorkerId, WorkerInfo};
 
@@ -35,126 +40,6 @@ use crate::{CloseCause, Frame, ProtocolError, TransferError, WorkerId, WorkerInf
 const RECV_BYTES: usize = 32 << 10;
 /// Room for outgoing frames that an endpoint keeps: two whole ones, so that steady traffic allocates nothing.
 const WIRE_KEPT_BYTES: usize = 160 << 10;
-/// Bulk bytes moved for one endpoint before the driver looks at the others.
-const BULK_TURN_BYTES: usize = 4 << 20;
-/// What a chunk counts for beside its bytes, so that many tiny ones are a turn, too.
-const CHUNK_COST_BYTES: usize = 4 << 10;
-/// How long a bulk connection may hold a chunk whose frame has not come on the control connection.
-const STALL_MAX: Duration = Duration::from_secs(10);
-
-/// A frame to send. Tensors are read when it is sent; storages stay owned until their bytes are gone.
-#[derive(Clone, Copy, Debug)]
-pub struct Outbound<'a> {
-    /// What it is for.
-    pub kind: Kind,
-    /// The call it belongs to.
-    pub call: u64,
-    /// The interned function.
-    pub function: u32,
-    /// Microseconds the caller still waits, 0 for no limit.
-    pub deadline_us: u64,
-    /// The encoded value without its tensors.
-    pub metadata: &'a [u8],
-    /// The tensors: on the host, complete, dense or broadcast, as [`stage`] makes them.
-    pub tensors: &'a [Tensor],
-    /// The device that each tensor is for at the target; empty for the host.
-    pub devices: &'a [Device],
-}
-
-impl<'a> Outbound<'a> {
-    /// A frame without call, function, deadline or tensors.
-    pub fn new(kind: Kind, metadata: &'a [u8]) -> Self {
-        Self { kind, call: 0, function: 0, deadline_us: 0, metadata, tensors: &[], devices: &[] }
-    }
-}
-
-/// Tensors as [`Outbound`] takes them, once `pending` has passed.
-#[derive(Debug, Default)]
-pub struct Staged {
-    /// On the host, dense or broadcast.
-    pub tensors: Vec<Tensor>,
-    /// Where each came from; empty if all were on the host.
-    pub devices: Vec<Device>,
-    /// The fences to wait for before they are sent (FENCE).
-    pub pending: Vec<Event>,
-}
-
-/// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
-/// streams behind their writes. Nothing is waited for.
-///
-/// # Errors
-/// [`DeviceError`] of a device or of memory.
-pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, DeviceError> {
-    let mut devices = Vec::new();
-    if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
-        devices.extend(tensors.iter().map(Tensor::device));
-    }
-    let mut pending = Vec::new();
-    for tensor in &mut tensors {
-        let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
-        if tensor.device() != Device::HOST || !fits {
-            *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
-        }
-        let event = tensor.storage().ready_event();
-        if !event.query()? {
-            pending.push(event.clone());
-        }
-    }
-    Ok(Staged { tensors, devices, pending })
-}
-
-/// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids.
-pub(crate) fn encode_frame(
-    outbound: &Outbound<'_>,
-    inline_bytes_max: u64,
-    next_transfer: &mut u64,
-    wire: &mut Vec<u8>,
-) -> Result<Vec<(u64, Tensor)>, DeviceError> {
-    let start = wire.len();
-    let mut header = Header {
-        call: outbound.call,
-        function: outbound.function,
-        deadline_us: outbound.deadline_us,
-        meta_len: outbound.metadata.len() as u32,
-        tensors: outbound.tensors.len() as u16,
-        ..Header::new(outbound.kind)
-    };
-    wire.extend_from_slice(header.as_bytes());
-    let mut bulk = Vec::new();
-    let mut inline: Vec<&Tensor> = Vec::new();
-    for (index, tensor) in outbound.tensors.iter().enumerate() {
-        debug_assert!(tensor.layout().is_dense_or_broadcast(), "sent without `stage`: {tensor:?}");
-        // Unreadable tensors fail their own call, here; later they would end the connection.
-        payload(tensor)?;
-        let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
-        let mut descriptor = Descriptor::of(tensor, device, Mode::Inline);
-        if header.payload_len + descriptor.len_bytes <= inline_bytes_max {
-            header.payload_len += descriptor.len_bytes;
-            inline.push(tensor);
-        } else {
-            descriptor.mode = Mode::Bulk(*next_transfer);
-            bulk.push((*next_transfer, tensor.clone()));
-            *next_transfer += 1;
-        }
-        descriptor.write(wire);
-    }
-    header.table_len = (wire.len() - start - HEADER_BYTES) as u32;
-    wire[start..start + HEADER_BYTES].copy_from_slice(header.as_bytes());
-    wire.extend_from_slice(outbound.metadata);
-    for tensor in inline {
-        wire.extend_from_slice(payload(tensor)?);
-    }
-    Ok(bulk)
-}
-
-/// The bytes of a dense or broadcast tensor, without the rest of its storage.
-///
-/// # Errors
-/// [`DeviceError::NotReady`], [`DeviceError::NotHost`].
-fn payload(tensor: &Tensor) -> Result<&[u8], DeviceError> {
-    Ok(&tensor.storage().as_bytes()?[tensor.layout().byte_span()])
-}
-
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 enum Status {
@@ -171,43 +56,6 @@ struct Tx {
     next_transfer: u64,
     /// Interned functions announced on this connection, by id.
     announced: Vec<bool>,
-}
-
-struct Outgoing {
-    transfer: u64,
-    tensor: Tensor,
-    offset: usize,
-}
-
-/// A chunk on its way out: its header, then its payload.
-struct ChunkOut {
-    header: Header,
-    sent: usize,
-}
-
-enum BulkLink {
-    None,
-    /// Asked for then: the dialer of the control connection is to open it.
-    Requested(Instant),
-    Connecting(Registration, Instant),
-    Open(Registration),
-}
-
-struct Bulk {
-    link: BulkLink,
-    key: u128,
-    /// Bytes that go before any chunk: the dialer's hello.
-    prefix: Vec<u8>,
-    queue: VecDeque<Outgoing>,
-    current: Option<(ChunkOut, Outgoing)>,
-}
-
-struct BulkRx {
-    head: [u8; HEADER_BYTES],
-    head_len: usize,
-    chunk: Option<Chunk>,
-    /// A header whose frame has not come on the control connection yet, and since when.
-    stalled: Option<(Header, Instant)>,
 }
 
 /// The control path to one peer; see the module.
@@ -451,241 +299,6 @@ impl Endpoint {
         tx.wire.shrink_to(WIRE_KEPT_BYTES);
         tx.sent = 0;
         self.control.want(&self.driver, EventFlags::OUT, false);
-        Ok(())
-    }
-
-    // ---- the bulk connection ----
-
-    fn queue_bulk(self: &Arc<Self>, tx: &mut Tx, tensors: Vec<(u64, Tensor)>) -> Result<(), CloseCause> {
-        let mut bulk = lock(&self.bulk);
-        bulk.queue.extend(tensors.into_iter().map(|(transfer, tensor)| Outgoing { transfer, tensor, offset: 0 }));
-        if !matches!(bulk.link, BulkLink::None) {
-            return Ok(());
-        }
-        if self.dialed.is_none() {
-            let now = Instant::now();
-            bulk.link = BulkLink::Requested(now);
-            self.driver.schedule(now + self.driver.config().connect_timeout);
-            let request = Outbound::new(Kind::OpenBulk, &[]);
-            if let Err(error) = encode_frame(&request, 0, &mut tx.next_transfer, &mut tx.wire) {
-                unreachable!("a frame without tensors encodes: {error}");
-            }
-        } else if self.status() == Status::Open {
-            return self.dial_bulk(&mut bulk);
-        }
-        // Else the welcome is still to come, and brings the key.
-        Ok(())
-    }
-
-    /// Opens the bulk connection. After a failure the caller closes the endpoint, once it has let go of its locks.
-    fn dial_bulk(self: &Arc<Self>, bulk: &mut Bulk) -> Result<(), CloseCause> {
-        let Some(address) = self.dialed else { return Ok(()) };
-        let config = self.driver.config();
-        let hello = Hello::new(config, Role::Bulk { key: bulk.key });
-        bulk.prefix = greeting(Kind::Hello, &hello);
-        if self.cause.get().is_some() {
-            return Ok(()); // closed meanwhile, and nobody would close this connection
-        }
-        let failed = |source| CloseCause::Connect { address, source: Arc::new(source) };
-        let registration = self.driver.register(tcp::connect(address).map_err(failed)?);
-        if let Err(error) = self.driver.add_bulk(self, &registration, EventFlags::OUT) {
-            return Err(failed(io::Error::other(error)));
-        }
-        let now = Instant::now();
-        bulk.link = BulkLink::Connecting(registration, now);
-        self.driver.schedule(now + config.connect_timeout);
-        Ok(())
-    }
-
-    /// The acceptor's side: a dialer's connection proved to be this endpoint's bulk connection.
-    pub(crate) fn attach_bulk(self: &Arc<Self>, socket: Socket) -> Result<(), TransferError> {
-        let registration = self.driver.register(socket);
-        let mut bulk = lock(&self.bulk);
-        if matches!(bulk.link, BulkLink::Connecting(..) | BulkLink::Open(_)) || self.cause.get().is_some() {
-            // One bulk connection per endpoint; the second one's socket is dropped here.
-            tracing::warn!(peer = ?self.peer_id(), "refused a second bulk connection");
-            return Ok(());
-        }
-        self.driver.add_bulk(self, &registration, EventFlags::IN)?;
-        bulk.link = BulkLink::Open(registration);
-        drop(bulk);
-        self.flush_bulk();
-        Ok(())
-    }
-
-    fn flush_bulk(self: &Arc<Self>) {
-        let mut bulk = lock(&self.bulk);
-        if bulk.queue.is_empty() && bulk.current.is_none() && bulk.prefix.is_empty() {
-            return;
-        }
-        if let Err(cause) = self.write_bulk(&mut bulk) {
-            drop(bulk);
-            self.close(cause);
-        }
-    }
-
-    fn write_bulk(&self, bulk: &mut Bulk) -> Result<(), CloseCause> {
-        let Bulk { link: BulkLink::Open(link), prefix, queue, current, .. } = bulk else { return Ok(()) };
-        let chunk_bytes = self.driver.config().limits.chunk_bytes_max as usize;
-        let mut budget = BULK_TURN_BYTES;
-        loop {
-            if !prefix.is_empty() {
-                let Progress::Bytes(len) = tcp::send(link.socket(), &[IoSlice::new(prefix)]).map_err(lost)? else {
-                    break;
-                };
-                prefix.drain(..len);
-                continue;
-            }
-            if current.is_none() {
-                let Some(next) = queue.pop_front() else {
-                    link.want(&self.driver, EventFlags::OUT, false);
-                    return Ok(());
-                };
-                let rest = payload(&next.tensor)?.len() - next.offset;
-                let header = Header {
-                    call: next.transfer,
-                    offset: next.offset as u64,
-                    payload_len: rest.min(chunk_bytes) as u64,
-                    ..Header::new(Kind::Chunk)
-                };
-                *current = Some((ChunkOut { header, sent: 0 }, next));
-            }
-            let Some((chunk, outgoing)) = current else { continue };
-            let end = outgoing.offset + chunk.header.payload_len as usize;
-            let bytes = payload(&outgoing.tensor)?;
-            let (head, from) = if chunk.sent < HEADER_BYTES {
-                (&chunk.header.as_bytes()[chunk.sent..], outgoing.offset)
-            } else {
-                (&[][..], outgoing.offset + chunk.sent - HEADER_BYTES)
-            };
-            if budget == 0 {
-                break;
-            }
-            let parts = [IoSlice::new(head), IoSlice::new(&bytes[from..end])];
-            let Progress::Bytes(len) = tcp::send(link.socket(), &parts).map_err(lost)? else { break };
-            chunk.sent += len;
-            budget = budget.saturating_sub(len);
-            if chunk.sent == HEADER_BYTES + chunk.header.payload_len as usize {
-                let Some((_, mut outgoing)) = current.take() else { continue };
-                outgoing.offset = end;
-                if end < payload(&outgoing.tensor)?.len() {
-                    queue.push_back(outgoing);
-                }
-            }
-        }
-        link.want(&self.driver, EventFlags::OUT, true);
-        Ok(())
-    }
-
-    /// The bulk connection is ready for something.
-    pub(crate) fn on_bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) {
-        let result = self.bulk_event(flags, turn);
-        if let Err(cause) = result {
-            self.close(cause);
-        }
-    }
-
-    fn bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) -> Result<(), CloseCause> {
-        let mut bulk = lock(&self.bulk);
-        if let BulkLink::Connecting(link, _) = &bulk.link {
-            let link = link.clone();
-            finish_connect(link.socket(), self.dialed)?;
-            bulk.link = BulkLink::Open(link.clone());
-            link.want(&self.driver, EventFlags::IN, true);
-        }
-        if flags.contains(EventFlags::OUT) {
-            self.write_bulk(&mut bulk)?;
-        }
-        let BulkLink::Open(link) = &bulk.link else { return Ok(()) };
-        let link = link.clone();
-        drop(bulk);
-        if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
-            // Held by another thread only while it reads this very connection.
-            if let Ok(mut rx) = self.bulk_rx.try_lock() {
-                if rx.stalled.is_some() && flags.intersects(EventFlags::HUP | EventFlags::ERR) {
-                    return Err(CloseCause::PeerLost { source: None });
-                }
-                self.read_bulk(&link, &mut rx, turn)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn read_bulk(self: &Arc<Self>, link: &Registration, rx: &mut BulkRx, turn: &mut Turn) -> Result<(), CloseCause> {
-        let mut budget = BULK_TURN_BYTES;
-        while budget > 0 {
-            if let Some(chunk) = &mut rx.chunk {
-                let target = chunk.target()?;
-                match tcp::recv_into(link.socket(), target).map_err(lost)? {
-                    Progress::Bytes(len) => {
-                        let complete = len == target.len();
-                        chunk.advance(len);
-                        budget = budget.saturating_sub(len);
-                        if complete && let Some(chunk) = rx.chunk.take() {
-                            let frame = lock(&self.transfers).end(chunk)?;
-                            if let Some(frame) = frame {
-                                self.deliver(frame, turn)?;
-                            }
-                        }
-                    }
-                    Progress::WouldBlock => return Ok(()),
-                    Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
-                }
-                continue;
-            }
-            let header = if let Some((header, _)) = rx.stalled {
-                header
-            } else {
-                match tcp::recv_into(link.socket(), &mut rx.head[rx.head_len..]).map_err(lost)? {
-                    Progress::Bytes(len) => rx.head_len += len,
-                    Progress::WouldBlock => return Ok(()),
-                    Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
-                }
-                if rx.head_len < HEADER_BYTES {
-                    return Ok(());
-                }
-                rx.head_len = 0;
-                let (header, kind) = Header::parse(&rx.head, &self.driver.config().limits)?;
-                if kind == Kind::Close {
-                    return Err(CloseCause::Refused { text: "it refused the bulk connection".to_owned() });
-                }
-                if kind != Kind::Chunk {
-                    return Err(ProtocolError::Unexpected { kind, expected: "a chunk" }.into());
-                }
-                header
-            };
-            // Under the transfers' lock, so that a frame parked just now either is seen here or sees the stall.
-            let mut transfers = lock(&self.transfers);
-            match transfers.begin(&header)? {
-                Some(chunk) => {
-                    rx.stalled = None;
-                    rx.chunk = Some(chunk);
-                    budget = budget.saturating_sub(CHUNK_COST_BYTES);
-                }
-                None => {
-                    if rx.stalled.is_none() {
-                        let now = Instant::now();
-                        rx.stalled = Some((header, now));
-                        self.driver.schedule(now + STALL_MAX);
-                    }
-                    self.bulk_stalled.store(true, Ordering::Relaxed);
-                    link.want(&self.driver, EventFlags::IN, false);
-                    return Ok(());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A frame's storages are known: chunks for them may come in.
-    fn park(&self, partial: crate::receive::Partial) -> Result<(), CloseCause> {
-        let mut transfers = lock(&self.transfers);
-        transfers.park(partial)?;
-        let stalled = self.bulk_stalled.swap(false, Ordering::Relaxed);
-        drop(transfers);
-        if stalled && let BulkLink::Open(link) = &lock(&self.bulk).link {
-            link.want(&self.driver, EventFlags::IN, true);
-        }
         Ok(())
     }
 
@@ -977,32 +590,4 @@ fn finish_connect(socket: &Socket, address: Option<SocketAddr>) -> Result<(), Cl
         Some(address) => CloseCause::Connect { address, source: Arc::new(source) },
         None => CloseCause::PeerLost { source: Some(Arc::new(source)) },
     })
-}
-
-/// A frame whose metadata is `value`: hello, welcome or goodbye.
-pub(crate) fn greeting<T: serde::Serialize>(kind: Kind, value: &T) -> Vec<u8> {
-    let metadata = match postcard::to_stdvec(value) {
-        Ok(metadata) => metadata,
-        Err(error) => unreachable!("plain structs always encode: {error}"),
-    };
-    let mut wire = Vec::new();
-    match encode_frame(&Outbound::new(kind, &metadata), 0, &mut 0, &mut wire) {
-        Ok(_) => wire,
-        Err(error) => unreachable!("a frame without tensors encodes: {error}"),
-    }
-}
-
-pub(crate) fn read_greeting<'a, T: serde::Deserialize<'a>>(
-    what: &'static str,
-    metadata: &'a [u8],
-) -> Result<T, ProtocolError> {
-    postcard::from_bytes(metadata).map_err(|error| ProtocolError::Malformed { what, message: error.to_string() })
-}
-
-/// Writes a greeting whole: a few hundred bytes into an empty socket buffer always fit.
-pub(crate) fn write_greeting(socket: &Socket, bytes: &[u8]) -> Result<(), CloseCause> {
-    match tcp::send(socket, &[IoSlice::new(bytes)]).map_err(lost)? {
-        Progress::Bytes(len) if len == bytes.len() => Ok(()),
-        _ => Err(CloseCause::PeerLost { source: None }),
-    }
 }

@@ -1,0 +1,287 @@
+//! The driver's threads: who leads, who works, and the watchdog.
+//!
+//! Invariant D2: a thread in a job leads for at most two [`WATCH_TICK`]s. The role, the jobs and who is busy change under the
+//! pool's lock; the leader sleeps only when no job waits that it may run.
+
+use std::collections::{HashSet, VecDeque};
+use std::mem::MaybeUninit;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::Timespec;
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::time::{Itimerspec, TimerfdTimerFlags, timerfd_settime};
+
+use super::job::{Job, Turn};
+use super::{Driver, EVENTS, LISTENER, WAKE};
+use crate::endpoint::lock;
+
+/// How often the watchdog looks at a leader that runs jobs.
+pub(super) const WATCH_TICK: Duration = Duration::from_millis(1);
+/// Ticks without a job after which the watchdog sleeps.
+const WATCH_IDLE_TICKS: u32 = 20;
+/// How long replies of one batch may wait for each other.
+const FLUSH_AFTER: Duration = Duration::from_micros(20);
+/// How long a thread without work stays.
+const IDLE_EXIT: Duration = Duration::from_secs(5);
+
+pub(super) struct Pool {
+    pub(super) jobs: VecDeque<Job>,
+    pub(super) idle: usize,
+    /// Those that were started and have not ended, the watchdog's too.
+    pub(super) threads: HashSet<thread::ThreadId>,
+    pub(super) led: bool,
+    pub(super) stop: bool,
+}
+
+impl Driver {
+    pub(super) fn spawn_thread(self: &Arc<Self>, pool: &mut Pool) -> std::io::Result<()> {
+        let driver = Arc::clone(self);
+        let handle = thread::Builder::new().name("farcall".into()).spawn(move || driver.work())?;
+        pool.threads.insert(handle.thread().id());
+        Ok(())
+    }
+
+    fn work(self: &Arc<Self>) {
+        let mut turn = Turn::default();
+        let mut pool = lock(&self.pool);
+        while !pool.stop {
+            if !pool.led {
+                pool.led = true;
+                let term = self.term.fetch_add(1, Ordering::SeqCst) + 1;
+                drop(pool);
+                self.lead(term, &mut turn);
+                pool = lock(&self.pool);
+            } else if let Some(job) = pool.jobs.pop_front() {
+                drop(pool);
+                job.run(&mut turn);
+                self.finish_turn(&mut turn);
+                pool = lock(&self.pool);
+            } else {
+                pool.idle += 1;
+                let (woken, timeout) = match self.work.wait_timeout(pool, IDLE_EXIT) {
+                    Ok(result) => result,
+                    Err(poisoned) => poisoned.into_inner(),
+                };
+                pool = woken;
+                pool.idle -= 1;
+                if timeout.timed_out() && pool.led && pool.jobs.is_empty() {
+                    break;
+                }
+            }
+        }
+        self.end_thread(pool);
+    }
+
+    fn end_thread(&self, mut pool: MutexGuard<'_, Pool>) {
+        pool.threads.remove(&thread::current().id());
+        self.ended.notify_all();
+    }
+
+    fn leads(&self, term: u64) -> bool {
+        self.term.load(Ordering::SeqCst) == term
+    }
+
+    /// Waits for events and serves them until the role is taken away.
+    fn lead(self: &Arc<Self>, term: u64, turn: &mut Turn) {
+        self.flush_all();
+        while self.leads(term) {
+            let backlog = {
+                let pool = lock(&self.pool);
+                if pool.stop {
+                    return;
+                }
+                self.may_run(&pool)
+            };
+            self.poll(backlog, turn);
+            turn.flush();
+            let may_run = {
+                let mut pool = lock(&self.pool);
+                pool.jobs.extend(turn.jobs.drain(..));
+                self.may_run(&pool)
+            };
+            if may_run {
+                self.run_jobs_as_leader(term, turn);
+            }
+        }
+    }
+
+    /// Jobs wait, and the leader may take one: another thread is left to lead. Else they wait for a worker, as replies and
+    /// deadlines must not.
+    fn may_run(&self, pool: &Pool) -> bool {
+        !pool.jobs.is_empty() && (pool.idle > 0 || pool.threads.len() < self.config.threads_max)
+    }
+
+    /// Waits for events, unless jobs wait already, and hands them to their sources.
+    fn poll(self: &Arc<Self>, backlog: bool, turn: &mut Turn) {
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); EVENTS];
+        let timeout = self.timeout(backlog);
+        let ready = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+            Ok((ready, _)) => &*ready,
+            Err(Errno::INTR) => &[],
+            Err(error) => {
+                tracing::error!(%error, "epoll_wait");
+                &[]
+            }
+        };
+        self.sleeping_until_us.store(0, Ordering::SeqCst);
+        for event in ready {
+            let (token, flags) = (event.data.u64(), event.flags);
+            match token {
+                WAKE => {
+                    let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
+                }
+                LISTENER => self.accept(),
+                _ => self.dispatch_guarded(token, flags, turn),
+            }
+        }
+        if self.micros(Instant::now()) >= self.next_timer_us.load(Ordering::SeqCst) {
+            self.run_timers();
+        }
+    }
+
+    fn timeout(&self, backlog: bool) -> Option<Timespec> {
+        if backlog {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
+        // Published before the timer is read: a timer set in between either is seen here or sees the sleeper.
+        self.sleeping_until_us.store(u64::MAX, Ordering::SeqCst);
+        let next = self.next_timer_us.load(Ordering::SeqCst);
+        if next == u64::MAX {
+            return None;
+        }
+        self.sleeping_until_us.store(next, Ordering::SeqCst);
+        let left = Duration::from_micros(next.saturating_sub(self.micros(Instant::now())));
+        Some(Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) })
+    }
+
+    /// Runs jobs until none is left or the role is: given away before a long one, or taken by the watchdog.
+    fn run_jobs_as_leader(self: &Arc<Self>, term: u64, turn: &mut Turn) {
+        let mut waiting_since = None;
+        loop {
+            let (job, alone) = {
+                // One lock for the role, the job and who is busy: `pass_role` takes it, too.
+                let mut pool = lock(&self.pool);
+                if !self.leads(term) || !self.may_run(&pool) {
+                    break;
+                }
+                let Some(job) = pool.jobs.pop_front() else { break };
+                let alone = !job.cost.is_short() && self.pass_role(&mut pool, term);
+                if !alone {
+                    self.jobs_begun.fetch_add(1, Ordering::SeqCst);
+                    self.busy_term.store(term, Ordering::SeqCst);
+                }
+                (job, alone)
+            };
+            if alone {
+                self.work.notify_one();
+                self.flush_all();
+            } else if !self.watching.swap(true, Ordering::SeqCst) {
+                self.tick_watchdog(WATCH_TICK);
+            }
+            job.run(turn);
+            // Fails when the role was taken away: then it speaks of another leader.
+            let _ = self.busy_term.compare_exchange(term, 0, Ordering::SeqCst, Ordering::SeqCst);
+            // What the job has spawned is next, here or with whoever leads now.
+            for job in turn.jobs.drain(..) {
+                self.spawn(job);
+            }
+            if !turn.dirty.is_empty() {
+                lock(&self.unflushed).append(&mut turn.dirty);
+                waiting_since.get_or_insert_with(Instant::now);
+            }
+            if alone || waiting_since.is_some_and(|since| since.elapsed() > FLUSH_AFTER) {
+                self.flush_all();
+                waiting_since = None;
+            }
+        }
+        self.flush_all();
+    }
+
+    /// Takes the role from the leader of `term` and finds another thread for it, which the caller must notify. `false`: that
+    /// one does not lead any more, or no thread can be had; then the watchdog tries again.
+    fn pass_role(self: &Arc<Self>, pool: &mut Pool, term: u64) -> bool {
+        if !self.leads(term) || pool.stop {
+            return false;
+        }
+        if pool.idle == 0
+            && let Err(error) = self.spawn_thread(pool)
+        {
+            tracing::error!(%error, "no thread to lead while a handler runs");
+            return false;
+        }
+        pool.led = false;
+        self.term.fetch_add(1, Ordering::SeqCst);
+        true
+    }
+
+    fn flush_all(&self) {
+        let unflushed = std::mem::take(&mut *lock(&self.unflushed));
+        for (index, endpoint) in unflushed.iter().enumerate() {
+            // Few endpoints, often many times: one flush each.
+            if !unflushed[..index].iter().any(|earlier| Arc::ptr_eq(earlier, endpoint)) {
+                endpoint.flush();
+            }
+        }
+    }
+
+    /// Sends what a turn gathered, and gives its jobs to the pool.
+    pub(crate) fn finish_turn(&self, turn: &mut Turn) {
+        turn.flush();
+        for job in turn.jobs.drain(..) {
+            self.spawn(job);
+        }
+    }
+
+    /// Makes the watchdog look every `period`; zero for never.
+    pub(super) fn tick_watchdog(&self, period: Duration) {
+        let period = Timespec { tv_sec: 0, tv_nsec: period.as_nanos() as i64 };
+        let timer = Itimerspec { it_interval: period, it_value: period };
+        if let Err(error) = timerfd_settime(&self.watchdog, TimerfdTimerFlags::empty(), &timer) {
+            tracing::error!(%error, "timerfd_settime");
+        }
+    }
+
+    /// The watchdog's thread: takes the leading role from a thread whose job has lasted a tick.
+    pub(super) fn watch(self: &Arc<Self>) {
+        let (mut seen, mut idle_ticks) = (0, 0);
+        loop {
+            match rustix::io::read(&self.watchdog, &mut [0_u8; 8]) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "watchdog");
+                    return self.end_thread(lock(&self.pool));
+                }
+            }
+            let mut pool = lock(&self.pool);
+            if pool.stop {
+                return self.end_thread(pool);
+            }
+            let begun = self.jobs_begun.load(Ordering::SeqCst);
+            let busy_term = self.busy_term.load(Ordering::SeqCst);
+            if begun != seen {
+                (seen, idle_ticks) = (begun, 0);
+            } else if busy_term != 0 && self.leads(busy_term) {
+                if self.pass_role(&mut pool, busy_term) {
+                    self.work.notify_one();
+                }
+            } else {
+                idle_ticks += 1;
+            }
+            drop(pool);
+            if idle_ticks >= WATCH_IDLE_TICKS {
+                idle_ticks = 0;
+                self.tick_watchdog(Duration::ZERO);
+                self.watching.store(false, Ordering::SeqCst);
+                if self.jobs_begun.load(Ordering::SeqCst) != seen || lock(&self.pool).stop {
+                    // A leader began a job and still saw the watchdog tick, or the last tick was asked for meanwhile.
+                    self.watching.store(true, Ordering::SeqCst);
+                    self.tick_watchdog(WATCH_TICK);
+                }
+            }
+        }
+    }
+}

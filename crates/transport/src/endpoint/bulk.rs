@@ -1,0 +1,303 @@
+//! The bulk connection of an endpoint: chunks of large payloads, out and in.
+//!
+//! The dialer of the control connection opens it, at the first large payload of either side. Its reader and writer are the
+//! driver's leader; a sender writes what fits at once.
+//! Invariant R1: transfers take turns, a chunk each.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use farcall_device::Tensor;
+use rustix::event::epoll::EventFlags;
+use socket2::Socket;
+
+use super::encode::{Outbound, encode_frame, greeting, payload};
+use super::{Endpoint, Status, Tx, finish_connect, lock, lost};
+use crate::address::{Hello, Role};
+use crate::driver::{Registration, Turn};
+use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::receive::Chunk;
+use crate::tcp::{self, Progress};
+use crate::{CloseCause, ProtocolError, TransferError};
+
+/// Bulk bytes moved for one endpoint before the driver looks at the others.
+const BULK_TURN_BYTES: usize = 4 << 20;
+/// What a chunk counts for beside its bytes, so that many tiny ones are a turn, too.
+const CHUNK_COST_BYTES: usize = 4 << 10;
+/// How long a bulk connection may hold a chunk whose frame has not come on the control connection.
+pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
+
+pub(super) struct Outgoing {
+    transfer: u64,
+    tensor: Tensor,
+    offset: usize,
+}
+
+/// A chunk on its way out: its header, then its payload.
+pub(super) struct ChunkOut {
+    header: Header,
+    sent: usize,
+}
+
+pub(super) enum BulkLink {
+    None,
+    /// Asked for then: the dialer of the control connection is to open it.
+    Requested(Instant),
+    Connecting(Registration, Instant),
+    Open(Registration),
+}
+
+pub(super) struct Bulk {
+    pub(super) link: BulkLink,
+    pub(super) key: u128,
+    /// Bytes that go before any chunk: the dialer's hello.
+    pub(super) prefix: Vec<u8>,
+    pub(super) queue: VecDeque<Outgoing>,
+    pub(super) current: Option<(ChunkOut, Outgoing)>,
+}
+
+pub(super) struct BulkRx {
+    pub(super) head: [u8; HEADER_BYTES],
+    pub(super) head_len: usize,
+    pub(super) chunk: Option<Chunk>,
+    /// A header whose frame has not come on the control connection yet, and since when.
+    pub(super) stalled: Option<(Header, Instant)>,
+}
+
+impl Endpoint {
+    pub(super) fn queue_bulk(self: &Arc<Self>, tx: &mut Tx, tensors: Vec<(u64, Tensor)>) -> Result<(), CloseCause> {
+        let mut bulk = lock(&self.bulk);
+        bulk.queue.extend(tensors.into_iter().map(|(transfer, tensor)| Outgoing { transfer, tensor, offset: 0 }));
+        if !matches!(bulk.link, BulkLink::None) {
+            return Ok(());
+        }
+        if self.dialed.is_none() {
+            let now = Instant::now();
+            bulk.link = BulkLink::Requested(now);
+            self.driver.schedule(now + self.driver.config().connect_timeout);
+            let request = Outbound::new(Kind::OpenBulk, &[]);
+            if let Err(error) = encode_frame(&request, 0, &mut tx.next_transfer, &mut tx.wire) {
+                unreachable!("a frame without tensors encodes: {error}");
+            }
+        } else if self.status() == Status::Open {
+            return self.dial_bulk(&mut bulk);
+        }
+        // Else the welcome is still to come, and brings the key.
+        Ok(())
+    }
+
+    /// Opens the bulk connection. After a failure the caller closes the endpoint, once it has let go of its locks.
+    pub(super) fn dial_bulk(self: &Arc<Self>, bulk: &mut Bulk) -> Result<(), CloseCause> {
+        let Some(address) = self.dialed else { return Ok(()) };
+        let config = self.driver.config();
+        let hello = Hello::new(config, Role::Bulk { key: bulk.key });
+        bulk.prefix = greeting(Kind::Hello, &hello);
+        if self.cause.get().is_some() {
+            return Ok(()); // closed meanwhile, and nobody would close this connection
+        }
+        let failed = |source| CloseCause::Connect { address, source: Arc::new(source) };
+        let registration = self.driver.register(tcp::connect(address).map_err(failed)?);
+        if let Err(error) = self.driver.add_bulk(self, &registration, EventFlags::OUT) {
+            return Err(failed(io::Error::other(error)));
+        }
+        let now = Instant::now();
+        bulk.link = BulkLink::Connecting(registration, now);
+        self.driver.schedule(now + config.connect_timeout);
+        Ok(())
+    }
+
+    /// The acceptor's side: a dialer's connection proved to be this endpoint's bulk connection.
+    pub(crate) fn attach_bulk(self: &Arc<Self>, socket: Socket) -> Result<(), TransferError> {
+        let registration = self.driver.register(socket);
+        let mut bulk = lock(&self.bulk);
+        if matches!(bulk.link, BulkLink::Connecting(..) | BulkLink::Open(_)) || self.cause.get().is_some() {
+            // One bulk connection per endpoint; the second one's socket is dropped here.
+            tracing::warn!(peer = ?self.peer_id(), "refused a second bulk connection");
+            return Ok(());
+        }
+        self.driver.add_bulk(self, &registration, EventFlags::IN)?;
+        bulk.link = BulkLink::Open(registration);
+        drop(bulk);
+        self.flush_bulk();
+        Ok(())
+    }
+
+    pub(super) fn flush_bulk(self: &Arc<Self>) {
+        let mut bulk = lock(&self.bulk);
+        if bulk.queue.is_empty() && bulk.current.is_none() && bulk.prefix.is_empty() {
+            return;
+        }
+        if let Err(cause) = self.write_bulk(&mut bulk) {
+            drop(bulk);
+            self.close(cause);
+        }
+    }
+
+    fn write_bulk(&self, bulk: &mut Bulk) -> Result<(), CloseCause> {
+        let Bulk { link: BulkLink::Open(link), prefix, queue, current, .. } = bulk else { return Ok(()) };
+        let chunk_bytes = self.driver.config().limits.chunk_bytes_max as usize;
+        let mut budget = BULK_TURN_BYTES;
+        loop {
+            if !prefix.is_empty() {
+                let Progress::Bytes(len) = tcp::send(link.socket(), &[IoSlice::new(prefix)]).map_err(lost)? else {
+                    break;
+                };
+                prefix.drain(..len);
+                continue;
+            }
+            if current.is_none() {
+                let Some(next) = queue.pop_front() else {
+                    link.want(&self.driver, EventFlags::OUT, false);
+                    return Ok(());
+                };
+                let rest = payload(&next.tensor)?.len() - next.offset;
+                let header = Header {
+                    call: next.transfer,
+                    offset: next.offset as u64,
+                    payload_len: rest.min(chunk_bytes) as u64,
+                    ..Header::new(Kind::Chunk)
+                };
+                *current = Some((ChunkOut { header, sent: 0 }, next));
+            }
+            let Some((chunk, outgoing)) = current else { continue };
+            let end = outgoing.offset + chunk.header.payload_len as usize;
+            let bytes = payload(&outgoing.tensor)?;
+            let (head, from) = if chunk.sent < HEADER_BYTES {
+                (&chunk.header.as_bytes()[chunk.sent..], outgoing.offset)
+            } else {
+                (&[][..], outgoing.offset + chunk.sent - HEADER_BYTES)
+            };
+            if budget == 0 {
+                break;
+            }
+            let parts = [IoSlice::new(head), IoSlice::new(&bytes[from..end])];
+            let Progress::Bytes(len) = tcp::send(link.socket(), &parts).map_err(lost)? else { break };
+            chunk.sent += len;
+            budget = budget.saturating_sub(len);
+            if chunk.sent == HEADER_BYTES + chunk.header.payload_len as usize {
+                let Some((_, mut outgoing)) = current.take() else { continue };
+                outgoing.offset = end;
+                if end < payload(&outgoing.tensor)?.len() {
+                    queue.push_back(outgoing);
+                }
+            }
+        }
+        link.want(&self.driver, EventFlags::OUT, true);
+        Ok(())
+    }
+
+    /// The bulk connection is ready for something.
+    pub(crate) fn on_bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) {
+        let result = self.bulk_event(flags, turn);
+        if let Err(cause) = result {
+            self.close(cause);
+        }
+    }
+
+    fn bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) -> Result<(), CloseCause> {
+        let mut bulk = lock(&self.bulk);
+        if let BulkLink::Connecting(link, _) = &bulk.link {
+            let link = link.clone();
+            finish_connect(link.socket(), self.dialed)?;
+            bulk.link = BulkLink::Open(link.clone());
+            link.want(&self.driver, EventFlags::IN, true);
+        }
+        if flags.contains(EventFlags::OUT) {
+            self.write_bulk(&mut bulk)?;
+        }
+        let BulkLink::Open(link) = &bulk.link else { return Ok(()) };
+        let link = link.clone();
+        drop(bulk);
+        if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
+            // Held by another thread only while it reads this very connection.
+            if let Ok(mut rx) = self.bulk_rx.try_lock() {
+                if rx.stalled.is_some() && flags.intersects(EventFlags::HUP | EventFlags::ERR) {
+                    return Err(CloseCause::PeerLost { source: None });
+                }
+                self.read_bulk(&link, &mut rx, turn)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_bulk(self: &Arc<Self>, link: &Registration, rx: &mut BulkRx, turn: &mut Turn) -> Result<(), CloseCause> {
+        let mut budget = BULK_TURN_BYTES;
+        while budget > 0 {
+            if let Some(chunk) = &mut rx.chunk {
+                let target = chunk.target()?;
+                match tcp::recv_into(link.socket(), target).map_err(lost)? {
+                    Progress::Bytes(len) => {
+                        let complete = len == target.len();
+                        chunk.advance(len);
+                        budget = budget.saturating_sub(len);
+                        if complete && let Some(chunk) = rx.chunk.take() {
+                            let frame = lock(&self.transfers).end(chunk)?;
+                            if let Some(frame) = frame {
+                                self.deliver(frame, turn)?;
+                            }
+                        }
+                    }
+                    Progress::WouldBlock => return Ok(()),
+                    Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
+                }
+                continue;
+            }
+            let header = if let Some((header, _)) = rx.stalled {
+                header
+            } else {
+                match tcp::recv_into(link.socket(), &mut rx.head[rx.head_len..]).map_err(lost)? {
+                    Progress::Bytes(len) => rx.head_len += len,
+                    Progress::WouldBlock => return Ok(()),
+                    Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
+                }
+                if rx.head_len < HEADER_BYTES {
+                    return Ok(());
+                }
+                rx.head_len = 0;
+                let (header, kind) = Header::parse(&rx.head, &self.driver.config().limits)?;
+                if kind == Kind::Close {
+                    return Err(CloseCause::Refused { text: "it refused the bulk connection".to_owned() });
+                }
+                if kind != Kind::Chunk {
+                    return Err(ProtocolError::Unexpected { kind, expected: "a chunk" }.into());
+                }
+                header
+            };
+            // Under the transfers' lock, so that a frame parked just now either is seen here or sees the stall.
+            let mut transfers = lock(&self.transfers);
+            match transfers.begin(&header)? {
+                Some(chunk) => {
+                    rx.stalled = None;
+                    rx.chunk = Some(chunk);
+                    budget = budget.saturating_sub(CHUNK_COST_BYTES);
+                }
+                None => {
+                    if rx.stalled.is_none() {
+                        let now = Instant::now();
+                        rx.stalled = Some((header, now));
+                        self.driver.schedule(now + STALL_MAX);
+                    }
+                    self.bulk_stalled.store(true, Ordering::Relaxed);
+                    link.want(&self.driver, EventFlags::IN, false);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A frame's storages are known: chunks for them may come in.
+    pub(super) fn park(&self, partial: crate::receive::Partial) -> Result<(), CloseCause> {
+        let mut transfers = lock(&self.transfers);
+        transfers.park(partial)?;
+        let stalled = self.bulk_stalled.swap(false, Ordering::Relaxed);
+        drop(transfers);
+        if stalled && let BulkLink::Open(link) = &lock(&self.bulk).link {
+            link.want(&self.driver, EventFlags::IN, true);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,152 @@
+//! What is sent: tensors made fit for the wire, frames, and greetings.
+
+use farcall_device::{Device, DeviceError, Event, Runtime, Tensor};
+use socket2::Socket;
+use std::io::IoSlice;
+
+use super::lost;
+use crate::descriptor::{Descriptor, Mode};
+use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::tcp::{self, Progress};
+use crate::{CloseCause, ProtocolError};
+
+/// A frame to send. Tensors are read when it is sent; storages stay owned until their bytes are gone.
+#[derive(Clone, Copy, Debug)]
+pub struct Outbound<'a> {
+    /// What it is for.
+    pub kind: Kind,
+    /// The call it belongs to.
+    pub call: u64,
+    /// The interned function.
+    pub function: u32,
+    /// Microseconds the caller still waits, 0 for no limit.
+    pub deadline_us: u64,
+    /// The encoded value without its tensors.
+    pub metadata: &'a [u8],
+    /// The tensors: on the host, complete, dense or broadcast, as [`stage`] makes them.
+    pub tensors: &'a [Tensor],
+    /// The device that each tensor is for at the target; empty for the host.
+    pub devices: &'a [Device],
+}
+
+impl<'a> Outbound<'a> {
+    /// A frame without call, function, deadline or tensors.
+    pub fn new(kind: Kind, metadata: &'a [u8]) -> Self {
+        Self { kind, call: 0, function: 0, deadline_us: 0, metadata, tensors: &[], devices: &[] }
+    }
+}
+
+/// Tensors as [`Outbound`] takes them, once `pending` has passed.
+#[derive(Debug, Default)]
+pub struct Staged {
+    /// On the host, dense or broadcast.
+    pub tensors: Vec<Tensor>,
+    /// Where each came from; empty if all were on the host.
+    pub devices: Vec<Device>,
+    /// The fences to wait for before they are sent (FENCE).
+    pub pending: Vec<Event>,
+}
+
+/// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
+/// streams behind their writes. Nothing is waited for.
+///
+/// # Errors
+/// [`DeviceError`] of a device or of memory.
+pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, DeviceError> {
+    let mut devices = Vec::new();
+    if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
+        devices.extend(tensors.iter().map(Tensor::device));
+    }
+    let mut pending = Vec::new();
+    for tensor in &mut tensors {
+        let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
+        if tensor.device() != Device::HOST || !fits {
+            *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
+        }
+        let event = tensor.storage().ready_event();
+        if !event.query()? {
+            pending.push(event.clone());
+        }
+    }
+    Ok(Staged { tensors, devices, pending })
+}
+
+/// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids.
+pub(crate) fn encode_frame(
+    outbound: &Outbound<'_>,
+    inline_bytes_max: u64,
+    next_transfer: &mut u64,
+    wire: &mut Vec<u8>,
+) -> Result<Vec<(u64, Tensor)>, DeviceError> {
+    let start = wire.len();
+    let mut header = Header {
+        call: outbound.call,
+        function: outbound.function,
+        deadline_us: outbound.deadline_us,
+        meta_len: outbound.metadata.len() as u32,
+        tensors: outbound.tensors.len() as u16,
+        ..Header::new(outbound.kind)
+    };
+    wire.extend_from_slice(header.as_bytes());
+    let mut bulk = Vec::new();
+    let mut inline: Vec<&Tensor> = Vec::new();
+    for (index, tensor) in outbound.tensors.iter().enumerate() {
+        debug_assert!(tensor.layout().is_dense_or_broadcast(), "sent without `stage`: {tensor:?}");
+        // Unreadable tensors fail their own call, here; later they would end the connection.
+        payload(tensor)?;
+        let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
+        let mut descriptor = Descriptor::of(tensor, device, Mode::Inline);
+        if header.payload_len + descriptor.len_bytes <= inline_bytes_max {
+            header.payload_len += descriptor.len_bytes;
+            inline.push(tensor);
+        } else {
+            descriptor.mode = Mode::Bulk(*next_transfer);
+            bulk.push((*next_transfer, tensor.clone()));
+            *next_transfer += 1;
+        }
+        descriptor.write(wire);
+    }
+    header.table_len = (wire.len() - start - HEADER_BYTES) as u32;
+    wire[start..start + HEADER_BYTES].copy_from_slice(header.as_bytes());
+    wire.extend_from_slice(outbound.metadata);
+    for tensor in inline {
+        wire.extend_from_slice(payload(tensor)?);
+    }
+    Ok(bulk)
+}
+
+/// The bytes of a dense or broadcast tensor, without the rest of its storage.
+///
+/// # Errors
+/// [`DeviceError::NotReady`], [`DeviceError::NotHost`].
+pub(super) fn payload(tensor: &Tensor) -> Result<&[u8], DeviceError> {
+    Ok(&tensor.storage().as_bytes()?[tensor.layout().byte_span()])
+}
+
+/// A frame whose metadata is `value`: hello, welcome or goodbye.
+pub(crate) fn greeting<T: serde::Serialize>(kind: Kind, value: &T) -> Vec<u8> {
+    let metadata = match postcard::to_stdvec(value) {
+        Ok(metadata) => metadata,
+        Err(error) => unreachable!("plain structs always encode: {error}"),
+    };
+    let mut wire = Vec::new();
+    match encode_frame(&Outbound::new(kind, &metadata), 0, &mut 0, &mut wire) {
+        Ok(_) => wire,
+        Err(error) => unreachable!("a frame without tensors encodes: {error}"),
+    }
+}
+
+pub(crate) fn read_greeting<'a, T: serde::Deserialize<'a>>(
+    what: &'static str,
+    metadata: &'a [u8],
+) -> Result<T, ProtocolError> {
+    postcard::from_bytes(metadata).map_err(|error| ProtocolError::Malformed { what, message: error.to_string() })
+}
+
+/// Writes a greeting whole: a few hundred bytes into an empty socket buffer always fit.
+pub(crate) fn write_greeting(socket: &Socket, bytes: &[u8]) -> Result<(), CloseCause> {
+    match tcp::send(socket, &[IoSlice::new(bytes)]).map_err(lost)? {
+        Progress::Bytes(len) if len == bytes.len() => Ok(()),
+        _ => Err(CloseCause::PeerLost { source: None }),
+    }
+}
