@@ -134,7 +134,7 @@ fn a_tensor_for_a_device_that_is_not_there_fails_its_call_only() {
     bounded(|| {
         let target = Target::new();
         let mut peer = target.peer();
-        for (device, name) in [((1, 0), "cuda:0"), ((0, 3), "cpu:3")] {
+        for (device, name) in [((1, 77), "cuda:77"), ((0, 3), "cpu:3")] {
             peer.send(&request(Descriptor { device, ..matrix() }).bytes());
             let error = peer.expect(ERROR);
             let text = String::from_utf8_lossy(&error.metadata).into_owned();
