@@ -13,8 +13,8 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
-/// Socket buffers between processes of one host: small ones stay in cache, 14–48 % faster than autotuning at 16 MiB
-/// (`reference/performance.md` 8.6). Other hosts keep the kernel's autotuning.
+/// Socket buffers between processes of one host: small ones stay in cache, and were 10–20 % faster than autotuning at 16 MiB
+/// (`benches`, `calls`, its raw rows). Other hosts keep the kernel's autotuning.
 const LOOPBACK_BUFFER_BYTES: usize = 512 << 10;
 /// How long one blocking `recv` lasts at most, so that its caller sees deadlines and closes.
 pub(crate) const RECV_TICK: Duration = Duration::from_millis(100);
