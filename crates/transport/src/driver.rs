@@ -15,7 +15,7 @@ mod pool;
 mod sources;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::{Shutdown, SocketAddr};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -275,15 +275,5 @@ impl Driver {
     fn wake_leader(&self) {
         // Full means a wake-up is pending already.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
-
-    /// Where this worker listens.
-    pub fn address(&self) -> SocketAddr {
-        self.config.worker.address
-    }
-
-    /// Descriptors and connections in use, for tests and tools.
-    pub fn connections(&self) -> usize {
-        lock(&self.sources).by_token.len()
     }
 }
