@@ -8,12 +8,13 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
 use crate::cpu::{Engine, Patience};
 use crate::progress::{Outcome, Progress};
+use crate::waiter::Waiter;
 use crate::{DeviceError, Runtime, StreamId};
 
 /// All work enqueued on a stream before the event was recorded. Cheap to clone.
@@ -163,7 +164,7 @@ impl Event {
     /// # Cancel safety
     /// Dropping it changes nothing; the work goes on.
     pub fn host_ready(&self) -> EventReady {
-        EventReady { event: self.clone(), waker: None, asked: false }
+        EventReady { event: self.clone(), waiter: Waiter::default(), asked: false }
     }
 
     /// Calls `callback` with the outcome once: now if the event is complete, else on the thread that learns of it.
@@ -214,6 +215,29 @@ impl Event {
         let outcome = self.outcome();
         self.learn(outcome.as_ref());
         outcome
+    }
+
+    /// Whether the host knows that the work has completed. Asks for nothing to be run: in chaos mode it knows only what it has
+    /// waited for, or asked by [`Event::query`], since what ran by luck must not hide a forgotten wait.
+    ///
+    /// # Errors
+    /// The work's own failure.
+    pub fn is_known(&self) -> Result<bool, DeviceError> {
+        match self.outcome() {
+            None => Ok(false),
+            Some(Err(error)) => Err(error),
+            Some(Ok(())) => {
+                let engine =
+                    self.lane().filter(|lane| !lane.progress.is_by_hand()).and_then(|lane| lane.engine.as_ref());
+                match engine {
+                    Some(engine) if engine.is_chaos() => Ok(engine.host().knows(self.stream, self.ticket)),
+                    _ => {
+                        self.learn(Some(&Ok(())));
+                        Ok(true)
+                    }
+                }
+            }
+        }
     }
 
     pub(crate) fn clock(&self) -> Option<&Clock> {
@@ -328,10 +352,15 @@ impl Drop for Trigger {
 #[must_use]
 pub struct EventReady {
     event: Event,
-    /// The newest waker, shared with the callback that was registered at the first pending poll.
-    waker: Option<Arc<Mutex<Option<Waker>>>>,
+    waiter: Waiter,
     /// It was polled before.
     asked: bool,
+}
+
+impl EventReady {
+    pub(crate) fn event(&self) -> &Event {
+        &self.event
+    }
 }
 
 impl Future for EventReady {
@@ -353,25 +382,11 @@ impl Future for EventReady {
         if let Some(outcome) = self.event.known() {
             return Poll::Ready(outcome);
         }
-        if let Some(slot) = &self.waker {
-            let mut waker = lock(slot);
-            if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-                let replaced = waker.replace(cx.waker().clone());
-                drop(waker);
-                drop(replaced);
-            }
-        } else {
-            let slot = Arc::new(Mutex::new(Some(cx.waker().clone())));
-            self.waker = Some(Arc::clone(&slot));
-            self.event.on_over(move || {
-                let waker = lock(&slot).take();
-                if let Some(waker) = waker {
-                    waker.wake();
-                }
-            });
+        if let Some(wake) = self.waiter.register(cx.waker()) {
+            self.event.on_over(wake);
             self.event.want();
         }
-        // The event may have completed between the first look and the waker's arrival in the slot.
+        // The event may have completed between the first look and the waker's arrival in the slot (E3).
         self.event.known().map_or(Poll::Pending, Poll::Ready)
     }
 }
@@ -379,16 +394,6 @@ impl Future for EventReady {
 impl fmt::Debug for EventReady {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("EventReady").field(&self.event).finish()
-    }
-}
-
-impl Drop for EventReady {
-    fn drop(&mut self) {
-        // The callback stays registered until the event completes; the task it would wake need not.
-        if let Some(slot) = &self.waker {
-            let waker = lock(slot).take();
-            drop(waker);
-        }
     }
 }
 

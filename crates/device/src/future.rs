@@ -14,13 +14,15 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use crate::event::EventReady;
 use crate::{DeviceError, Stream};
 
+mod fences;
 mod promise;
 mod shared;
 mod storages;
 
+pub use fences::Fences;
+use fences::order;
 pub use promise::Promise;
 use promise::Receiver;
 pub use shared::SharedFuture;
@@ -213,7 +215,7 @@ impl<T: Storages, E: From<DeviceError>> Future for DeviceFuture<T, E> {
             self.state = State::Fencing(value, fences);
         }
         let State::Fencing(_, fences) = &mut self.state else { unreachable!("set above") };
-        if let Err(error) = std::task::ready!(fences.poll(cx)) {
+        if let Err(error) = std::task::ready!(Pin::new(fences).poll(cx)) {
             self.state = State::Taken;
             return Poll::Ready(Err(error.into()));
         }
@@ -403,42 +405,6 @@ where
 {
     let parts = futures.into_iter().map(Part::Pending).collect();
     DeviceFuture { state: State::Computed(Box::new(Joined { parts })) }
-}
-
-/// The fences of a value that were pending when it was handed over.
-struct Fences(Vec<EventReady>);
-
-impl Fences {
-    fn of(value: &impl Storages) -> Self {
-        let mut fences = Vec::new();
-        value.visit(&mut |storage| {
-            // A failed fence is kept too: its poll gives the error.
-            if !matches!(storage.ready_event().known(), Some(Ok(()))) {
-                fences.push(storage.ready_event().host_ready());
-            }
-        });
-        Self(fences)
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), DeviceError>> {
-        while let Some(fence) = self.0.last_mut() {
-            std::task::ready!(Pin::new(fence).poll(cx))?;
-            self.0.pop();
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-/// Has `streams` wait for the value's fences, and notes them as its readers.
-fn order(value: &impl Storages, streams: &[Stream]) {
-    value.visit(&mut |storage| {
-        let own = |stream: &&Stream| stream.device() == storage.device();
-        let any_own = streams.len() > 1 && streams.iter().any(|stream| own(&stream));
-        for stream in streams.iter().filter(|stream| !any_own || own(stream)) {
-            stream.wait_for(storage);
-            storage.record_reader(stream);
-        }
-    });
 }
 
 struct Driven<T, E>(Pin<Box<dyn Future<Output = Result<T, E>> + Send>>);

@@ -65,6 +65,7 @@ mod sync;
 mod tensor;
 #[cfg(test)]
 mod testing;
+mod waiter;
 
 pub use checker::{Access, Check, Race};
 pub use codec::{CodecError, Encoded};
@@ -73,7 +74,7 @@ pub use device::{Device, ParseDeviceError};
 pub use dtype::{C64, C128, DType, Element, F8E4M3, F8E5M2, ParseDTypeError};
 pub use error::DeviceError;
 pub use event::{Event, EventReady, Token};
-pub use future::{DeviceFuture, OnStreams, Ordered, Promise, Ready, SharedFuture, Storages, join_all};
+pub use future::{DeviceFuture, Fences, OnStreams, Ordered, Promise, Ready, SharedFuture, Storages, join_all};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutError, MAX_RANK};
 pub use memory::{ALIGN_BYTES, Release, Slab, SlabRange};

@@ -124,7 +124,7 @@ impl StorageMut {
     pub fn as_bytes_mut(&mut self) -> Result<&mut [u8], DeviceError> {
         let device = self.0.host()?;
         for fence in self.fences() {
-            if !fence.query()? {
+            if !fence.is_known()? {
                 return Err(DeviceError::NotReady { device });
             }
         }
@@ -328,13 +328,14 @@ impl Storage {
         Arc::try_unwrap(self.0).map(StorageMut).map_err(Self)
     }
 
-    /// The bytes of a host storage.
+    /// The bytes of a host storage. It neither waits nor has work run: await the value first, or ask [`Storage::is_ready`].
     ///
     /// # Errors
-    /// [`DeviceError::NotHost`] on another device; [`DeviceError::NotReady`] before the write is done, or its failure.
+    /// [`DeviceError::NotHost`] on another device; [`DeviceError::NotReady`] before the write is done (in chaos mode, before the
+    /// host was told so, whether or not it happens to have run), or its failure.
     pub fn as_bytes(&self) -> Result<&[u8], DeviceError> {
         let device = self.0.host()?;
-        if !self.is_ready()? {
+        if !self.0.written.is_known()? {
             return Err(DeviceError::NotReady { device });
         }
         self.0.device_bytes()

@@ -1,5 +1,5 @@
-//! Every interleaving, and every order that the memory model allows, of the slots that threads meet in: a promise's, and the
-//! queue of a stream's waiters. The modules are those of the crate, compiled against loom's locks and atomics.
+//! Every interleaving, and every order that the memory model allows, of the slots that threads meet in: a promise's, the queue
+//! of a stream's waiters, the waker of one of them, and the hub of a shared future. The modules are those of the crate, compiled against loom's locks and atomics.
 
 use farcall_device::DeviceError;
 
@@ -13,16 +13,47 @@ mod sync {
 #[expect(dead_code, reason = "models use a part")]
 mod progress;
 
+#[path = "../src/waiter.rs"]
+mod waiter;
+
+#[path = "../src/future/shared.rs"]
+#[allow(dead_code, unreachable_pub, reason = "models use a part; the crate exports the future")]
+mod shared;
+
 #[path = "../src/future/promise.rs"]
 #[allow(dead_code, unreachable_pub, reason = "models use a part; the crate exports the promise")]
 mod promise;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
 
 use loom::thread;
 use progress::Progress;
+use shared::SharedFuture;
+use waiter::Waiter;
+
+/// What `shared` drives, without fences: the consumer of a promise.
+struct DeviceFuture<T, E>(promise::Receiver<T, E>);
+
+impl<T, E: From<DeviceError>> Future for DeviceFuture<T, E> {
+    type Output = Result<T, E>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.poll_value(cx)
+    }
+}
+
+/// Values of models have no storages.
+trait Storages {}
+
+impl Storages for u8 {}
+
+fn block_on<T, E>(_: impl Future<Output = Result<T, E>>, _: Duration) -> Result<T, E> {
+    unreachable!("models poll")
+}
 
 /// Counts wakes. Not loom's: what it counts is looked at after the threads have ended.
 #[derive(Default)]
@@ -159,5 +190,82 @@ fn e1_a_query_never_sees_a_failed_ticket_as_complete() {
         assert!(!matches!(progress.outcome(1), Some(Ok(()))));
         stream.join().unwrap();
         assert!(matches!(progress.outcome(1), Some(Err(DeviceError::Cancelled))));
+    });
+}
+
+/// As `EventReady::poll`: look, register, look again.
+fn poll_event(progress: &sync::Arc<Progress>, waiter: &mut Waiter, count: &Arc<Count>) -> bool {
+    if progress.outcome(1).is_some() {
+        return true;
+    }
+    if let Some(wake) = waiter.register(&Waker::from(Arc::clone(count))) {
+        progress.on_passed(1, move |_| wake());
+    }
+    progress.outcome(1).is_some()
+}
+
+#[test]
+fn e3_the_newest_waker_of_an_event_is_woken_or_the_second_look_sees_it() {
+    loom::model(|| {
+        let progress = Progress::new(false);
+        let stream = {
+            let progress = sync::Arc::clone(&progress);
+            thread::spawn(move || progress.advance(1, Ok(())).run())
+        };
+        let counts = [(); 2].map(|()| Arc::new(Count::default()));
+        let mut waiter = Waiter::default();
+        let seen = counts.iter().any(|count| poll_event(&progress, &mut waiter, count));
+        stream.join().unwrap();
+        assert!(counts[0].get() + counts[1].get() <= 1, "woken twice");
+        assert!(seen || counts[1].get() == 1, "a wake was lost");
+    });
+}
+
+#[test]
+fn e3_a_waiter_that_goes_away_takes_its_waker_along() {
+    loom::model(|| {
+        let progress = Progress::new(false);
+        let stream = {
+            let progress = sync::Arc::clone(&progress);
+            thread::spawn(move || progress.advance(1, Ok(())).run())
+        };
+        let count = Arc::new(Count::default());
+        let mut waiter = Waiter::default();
+        poll_event(&progress, &mut waiter, &count);
+        drop(waiter);
+        stream.join().unwrap();
+        assert!(count.get() <= 1, "woken twice");
+        assert_eq!(Arc::strong_count(&count), 1, "the waker was dropped");
+    });
+}
+
+/// Two waiters and the producer: whoever drives, each waiter sees the value or is woken to see it.
+#[test]
+fn no_waiter_of_a_shared_future_is_left_behind() {
+    loom::model(|| {
+        let (promise, receiver) = promise::pair::<u8, DeviceError>();
+        let future = SharedFuture::new(DeviceFuture(receiver));
+        let wait = |mut future: SharedFuture<u8, DeviceError>| {
+            move || {
+                let count = Arc::new(Count::default());
+                let waker = Waker::from(Arc::clone(&count));
+                let polled = Pin::new(&mut future).poll(&mut Context::from_waker(&waker));
+                (future, polled.is_ready(), count)
+            }
+        };
+        let other = thread::spawn(wait(future.clone()));
+        let producer = thread::spawn(move || promise.complete(7));
+        let first = wait(future)();
+        let second = other.join().unwrap();
+        producer.join().unwrap();
+        let mut waiters = [first, second];
+        // Who was woken polls again, until nobody is; a driver that stops early would leave the other asleep.
+        for _ in 0..waiters.len() {
+            for (future, seen, count) in waiters.iter_mut().filter(|(_, seen, count)| !seen && count.get() > 0) {
+                let polled = Pin::new(future).poll(&mut Context::from_waker(&Waker::from(Arc::clone(count))));
+                *seen = matches!(polled, Poll::Ready(Ok(7)));
+            }
+        }
+        assert!(waiters.iter().all(|(_, seen, _)| *seen), "a waiter was left behind");
     });
 }

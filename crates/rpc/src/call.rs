@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use farcall_device::codec::decode;
-use farcall_device::{DeviceFuture, Encoded, EventReady, Storages, Stream};
+use farcall_device::{DeviceFuture, Encoded, Fences, Ready, Storages, Stream};
 use farcall_transport::Endpoint;
 use serde::de::DeserializeOwned;
 
@@ -224,10 +224,7 @@ impl<T: DeserializeOwned> Reply<T> {
     /// As awaiting it: see [`CallError`].
     pub fn wait(self) -> Result<T, CallError> {
         let encoded = self.wait_encoded()?;
-        for tensor in &encoded.tensors {
-            let left = self.slot.deadline.saturating_duration_since(Instant::now());
-            tensor.storage().ready_event().block(left)?;
-        }
+        Fences::of(&encoded.tensors).block_until(self.slot.deadline)?;
         self.read(&encoded)
     }
 
@@ -246,19 +243,15 @@ impl<T: DeserializeOwned> Reply<T> {
         self.on_each(std::slice::from_ref(stream)).await
     }
 
-    /// As [`Reply::on`] for values on several devices: each of `streams` waits for the storages.
+    /// As [`Reply::on`] for values on several devices: each storage is ordered on the streams of its device, or on all of
+    /// `streams` if none is its device's.
     ///
     /// # Errors
     /// As awaiting it: see [`CallError`].
     pub async fn on_each(self, streams: &[Stream]) -> Result<T, CallError> {
-        let encoded = std::future::poll_fn(|cx| self.slot.poll(cx.waker())).await?;
-        for storage in encoded.tensors.iter().map(|tensor| tensor.storage()) {
-            for stream in streams {
-                stream.wait(storage.ready_event());
-                storage.record_reader(stream);
-            }
-        }
-        self.read(&encoded)
+        let Encoded { metadata, tensors } = std::future::poll_fn(|cx| self.slot.poll(cx.waker())).await?;
+        let tensors = Ready::new(tensors).on_each(streams);
+        self.read(&Encoded { metadata, tensors })
     }
 
     /// The reply as a [`DeviceFuture`], to map, share, join or order later.
@@ -286,8 +279,8 @@ pub struct ReplyFuture<T> {
 
 enum ReadyState {
     Call,
-    /// The reply, the next of its tensors to look at, and the event of the one before.
-    Storages(Encoded, usize, Option<EventReady>),
+    /// The reply, and what its storages still wait for.
+    Storages(Encoded, Fences),
 }
 
 impl<T: DeserializeOwned> IntoFuture for Reply<T> {
@@ -310,24 +303,14 @@ impl<T: DeserializeOwned> Future for ReplyFuture<T> {
                 ReadyState::Call => match this.reply.slot.poll(cx.waker()) {
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                    Poll::Ready(Ok(encoded)) => this.state = ReadyState::Storages(encoded, 0, None),
+                    Poll::Ready(Ok(encoded)) => {
+                        let fences = Fences::of(&encoded.tensors);
+                        this.state = ReadyState::Storages(encoded, fences);
+                    }
                 },
-                ReadyState::Storages(encoded, next, waiting) => {
-                    if let Some(event) = waiting {
-                        match Pin::new(event).poll(cx) {
-                            Poll::Pending => return Poll::Pending,
-                            Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
-                            Poll::Ready(Ok(())) => *waiting = None,
-                        }
-                    }
-                    let Some(tensor) = encoded.tensors.get(*next) else {
-                        return Poll::Ready(this.reply.read(encoded));
-                    };
-                    *next += 1;
-                    let event = tensor.storage().ready_event();
-                    if !event.query()? {
-                        *waiting = Some(event.host_ready());
-                    }
+                ReadyState::Storages(encoded, fences) => {
+                    std::task::ready!(Pin::new(fences).poll(cx))?;
+                    return Poll::Ready(this.reply.read(encoded));
                 }
             }
         }

@@ -1,11 +1,10 @@
 //! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use farcall_device::{DeviceError, Encoded, Event};
+use farcall_device::Encoded;
 use farcall_transport::frame::Kind;
 use farcall_transport::{
     CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, WorkerId, stage,
@@ -97,8 +96,8 @@ impl Link {
         }
         let (link, endpoint) = (Arc::clone(self), Arc::clone(endpoint));
         let (slot, function) = (Arc::clone(slot), Arc::clone(function));
-        let pending = staged.pending.clone();
-        when_ready(pending, move |ready| match ready {
+        let pending = std::mem::take(&mut staged.pending);
+        pending.on_ready(move |ready| match ready {
             Ok(()) if !slot.is_done() => link.send_request(&endpoint, &slot, &function, call, &metadata, &staged),
             // Its deadline passed, or the endpoint closed.
             Ok(()) => {}
@@ -215,25 +214,6 @@ impl Link {
     }
 }
 
-/// Calls `then` when all of `pending` have passed, or one has failed: under no lock, on the thread that learns of it.
-fn when_ready(pending: Vec<Event>, then: impl FnOnce(Result<(), DeviceError>) + Send + 'static) {
-    let left = Arc::new(AtomicUsize::new(pending.len()));
-    let then = Arc::new(Mutex::new(Some(then)));
-    for event in pending {
-        let (left, then) = (Arc::clone(&left), Arc::clone(&then));
-        event.on_ready(move |outcome| {
-            let last = left.fetch_sub(1, Ordering::AcqRel) == 1;
-            if last || outcome.is_err() {
-                // The first failure takes it; the others find it gone.
-                let then = lock(&then).take();
-                if let Some(then) = then {
-                    then(outcome);
-                }
-            }
-        });
-    }
-}
-
 /// The function of that name, if it is registered here with that signature.
 pub(crate) fn resolve(registry: &Registry, announced: &Announcement<'_>) -> Result<Arc<Registered>, Failure> {
     let Some(registered) = registry.find(announced.name) else {
@@ -308,9 +288,9 @@ impl ReplyTo {
         };
         match stage(&self.endpoint.driver().config().runtime, tensors) {
             Ok(staged) if staged.pending.is_empty() => self.send_value(&metadata, &staged, turn),
-            Ok(staged) => {
-                let pending = staged.pending.clone();
-                when_ready(pending, move |ready| match ready {
+            Ok(mut staged) => {
+                let pending = std::mem::take(&mut staged.pending);
+                pending.on_ready(move |ready| match ready {
                     Ok(()) => self.send_value(&metadata, &staged, None),
                     Err(error) => self.send_unsent(&error),
                 });

@@ -5,12 +5,13 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use super::{DeviceFuture, Storages, block_on};
 use crate::DeviceError;
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A [`DeviceFuture`] for any number of waiters, each of which gets a clone of the value. Ready has the same meaning.
 #[must_use = "a future does nothing until it is awaited"]

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::{Check, Config, CpuMode, DType, Device, DeviceFuture, Layout, Storage, Tensor};
+use crate::{Check, Config, CpuMode, DType, Device, DeviceError, DeviceFuture, Layout, Storage, Tensor};
 
 const LONG: Duration = Duration::from_secs(60);
 const SEEDS: u64 = 64;
@@ -110,7 +110,7 @@ fn continued_by_then(runtime: &Runtime) -> Vec<u8> {
         stream.copy(&source, &mut copy)?;
         Ok(copy.freeze(stream))
     });
-    copy.wait(LONG).unwrap().as_bytes().unwrap().to_vec()
+    bytes(&copy.on(&next).wait(LONG).unwrap())
 }
 
 type Program = fn(&Runtime) -> Vec<u8>;
@@ -138,6 +138,53 @@ fn every_forgotten_wait_is_reported_under_every_seed() {
             wrong += usize::from(result != expected);
         }
         println!("{name}: {edges} waits, wrong values under {wrong} of {} schedules", SEEDS as usize * edges);
+    }
+}
+
+type HostWait = fn(DeviceFuture<Storage>) -> Result<Storage, DeviceError>;
+
+/// The host reads what a stream writes, by each way to wait for it.
+const HOST_WAITS: [(&str, HostWait); 5] = [
+    ("wait", |future| future.wait(LONG)),
+    ("await", pollster),
+    ("ordered, then host", |future| pollster(future.ordered().wait(LONG)?.host())),
+    ("shared", |future| future.shared().wait(LONG)),
+    ("fences", |future| {
+        let storage = future.on_each(&[]).wait(LONG)?;
+        crate::Fences::of(&storage).block_until(std::time::Instant::now() + LONG)?;
+        Ok(storage)
+    }),
+];
+
+fn pollster<T>(future: impl Future<Output = Result<T, DeviceError>>) -> Result<T, DeviceError> {
+    let mut future = std::pin::pin!(future);
+    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+    loop {
+        if let std::task::Poll::Ready(result) = future.as_mut().poll(&mut cx) {
+            return result;
+        }
+    }
+}
+
+/// The host is not given bytes that it did not wait for, even where the schedule happens to have written them.
+#[test]
+fn every_forgotten_wait_of_the_host_is_an_error_under_every_seed() {
+    let program = |runtime: &Runtime, wait: HostWait| {
+        let stream = runtime.stream(Device::HOST).unwrap();
+        let mut source = stream.alloc(32).unwrap();
+        stream.fill(&mut source, 6).unwrap();
+        let storage = wait(DeviceFuture::ready(source.freeze(&stream)))?;
+        storage.as_bytes().map(<[u8]>::to_vec)
+    };
+    for (name, wait) in HOST_WAITS {
+        for seed in 0..SEEDS {
+            let runtime = runtime(CpuMode::Chaos { seed }, Check::Report);
+            let (result, waits) = count_edges(&runtime, || program(&runtime, wait));
+            assert_eq!(result.unwrap(), [6; 32], "{name}, seed {seed}");
+            // The wait of the host comes last: before it, a stream may have been ordered.
+            let result = without_edge(&runtime, waits - 1, || program(&runtime, wait));
+            assert!(matches!(result, Err(DeviceError::NotReady { .. })), "{name}, seed {seed}: {result:?}");
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is sent: tensors made fit for the wire, frames, and greetings.
 
-use farcall_device::{Device, DeviceError, Event, Runtime, Tensor};
+use farcall_device::{Device, DeviceError, Fences, Runtime, Tensor};
 use socket2::Socket;
 use std::io::IoSlice;
 
@@ -37,14 +37,14 @@ impl<'a> Outbound<'a> {
 }
 
 /// Tensors as [`Outbound`] takes them, once `pending` has passed.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Staged {
     /// On the host, dense or broadcast.
     pub tensors: Vec<Tensor>,
     /// Where each came from; empty if all were on the host.
     pub devices: Vec<Device>,
     /// The fences to wait for before they are sent (FENCE).
-    pub pending: Vec<Event>,
+    pub pending: Fences,
 }
 
 /// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
@@ -57,17 +57,13 @@ pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, Devi
     if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
         devices.extend(tensors.iter().map(Tensor::device));
     }
-    let mut pending = Vec::new();
     for tensor in &mut tensors {
         let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
         if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
         }
-        let event = tensor.storage().ready_event();
-        if !event.query()? {
-            pending.push(event.clone());
-        }
     }
+    let pending = Fences::of(&tensors);
     Ok(Staged { tensors, devices, pending })
 }
 
