@@ -9,6 +9,7 @@
 
 mod shell;
 mod steps;
+mod wheel;
 
 use std::process::ExitCode;
 use std::time::Instant;

