@@ -1,12 +1,14 @@
 //! `cargo xtask test` runs all checks of this repository, `cargo xtask help` lists the single ones.
 //!
-//! Without dependencies, so that it builds in a second. `steps.rs` holds the checks, `shell.rs` runs programs.
+//! With next to no dependencies, so that it builds in a second. `steps.rs` holds the checks, `shell.rs` runs programs.
 //!
 //! Invariant X1: a step passes, fails or is skipped with a reason; the closing line counts each, and nothing else does.
 //! Invariant X2: a failure names the one command that repeats it.
 
 #![expect(clippy::print_stdout, reason = "a command-line program: standard output is its purpose")]
 
+mod nvrtc;
+mod ptx;
 mod shell;
 mod steps;
 mod wheel;
@@ -14,7 +16,7 @@ mod wheel;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use steps::{STEPS, Step};
+use steps::{STEPS, Step, TOOLS};
 
 /// How a step ended, when it did not fail.
 enum Outcome {
@@ -34,13 +36,10 @@ type StepResult = Result<Outcome, Failure>;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [command] = arguments.as_slice() else {
-        help();
-        return ExitCode::from(if arguments.is_empty() { 0 } else { 2 });
-    };
-    match (command.as_str(), STEPS.iter().find(|step| step.command == Some(command))) {
+    let command = arguments.join(" ");
+    match (command.as_str(), STEPS.iter().chain(TOOLS).find(|step| step.command == Some(&command))) {
         ("test", _) => run(STEPS),
-        ("help" | "--help" | "-h", _) => {
+        ("" | "help" | "--help" | "-h", _) => {
             help();
             ExitCode::SUCCESS
         }
@@ -54,9 +53,13 @@ fn main() -> ExitCode {
 }
 
 fn help() {
-    println!("usage: cargo xtask COMMAND\n\n  help        this list\n  test        all of the following, in order");
+    println!("usage: cargo xtask COMMAND\n\n  help         this list\n  test         all of the following, in order");
     for step in STEPS {
-        println!("  {:<10}  {}", step.command.unwrap_or("-"), step.title);
+        println!("  {:<11}  {}", step.command.unwrap_or("-"), step.title);
+    }
+    println!("\nnot checks, and not part of `test`:\n");
+    for tool in TOOLS {
+        println!("  {:<11}  {}", tool.command.unwrap_or("-"), tool.title);
     }
 }
 

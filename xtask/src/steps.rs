@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 use std::{fs, io};
 
+use crate::ptx;
 use crate::shell::{self, Shell};
 use crate::wheel::{Missing, Wheel};
 use crate::{Failure, Outcome, StepResult};
@@ -26,6 +27,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
     Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
+    Step { command: Some("ptx --check"), title: "the kernels' PTX is what their sources give", run: ptx::check },
     Step { command: Some("budget"), title: "the dependency budget of the `farcall` binary", run: budget },
     Step {
         command: Some("weights"),
@@ -33,6 +35,10 @@ pub(crate) const STEPS: &[Step] = &[
         run: weights,
     },
 ];
+
+/// Commands that write files of the repository.
+pub(crate) const TOOLS: &[Step] =
+    &[Step { command: Some("ptx"), title: "writes the kernels' PTX, after a change of kernels/*.cu", run: ptx::write }];
 
 /// How long an example or a demo may take; each is meant to take seconds.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
