@@ -80,7 +80,7 @@ fn a_hello_that_offers_newer_versions_and_features_too_is_welcome() {
         let target = Target::new();
         let mut hello = hello(target.group_name(), &control(Some("w0")));
         hello.metadata.truncate(hello.metadata.len() - OFFER.len());
-        hello.metadata.extend([1, 7, 0x83, 1]);
+        hello.metadata.extend([1, 7, 0x83, 1, 0]);
         let mut peer = target.stranger();
         peer.send(&hello.bytes());
         assert!(peer.expect(WELCOME).metadata.ends_with(&[1, 0]));
@@ -142,7 +142,7 @@ fn a_hello_that_does_not_decode_is_refused() {
             // A group whose length is 2^63, one that is no UTF-8, a role and an address kind that do not exist.
             [&[0x80; 9][..], &[1]].concat(),
             vec![2, 0xc3, 0x28, 0, 0],
-            [&good.metadata[..good.metadata.len() - 5], &[9, 0], &OFFER].concat(),
+            [&good.metadata[..good.metadata.len() - 2 - OFFER.len()], &[9, 0], &OFFER].concat(),
         ];
         cases.map(|metadata| (with(metadata), "malformed hello".to_owned())).into()
     });

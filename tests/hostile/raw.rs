@@ -144,8 +144,8 @@ pub(crate) fn text(text: &str) -> Vec<u8> {
     [varint(text.len() as u128), text.as_bytes().to_vec()].concat()
 }
 
-/// What a hello offers: versions 1 to 1, no features.
-pub(crate) const OFFER: [u8; 3] = [1, 1, 0];
+/// What a hello offers: versions 1 to 1, no features, no nonce.
+pub(crate) const OFFER: [u8; 4] = [1, 1, 0, 0];
 
 /// The metadata of a hello: group, worker (name, rank, address, pid, incarnation), role, and what it offers.
 pub(crate) fn hello_metadata(group: &str, name: &str, rank: u32, role: &[u8]) -> Vec<u8> {

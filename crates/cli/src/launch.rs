@@ -2,6 +2,8 @@
 //!
 //! The launcher hosts the store, so it outlives every worker that needs it. A worker that fails ends the group: the
 //! others get SIGTERM, and SIGKILL after [`GRACE`]. So do all of them when the launcher is told to end.
+//! The workers share a job key: the launcher's own if its environment has one, else one made for them. They get it in their
+//! environment, which their own user and root can read; a command line could be read by everybody.
 
 use std::io;
 use std::os::unix::process::ExitStatusExt;
@@ -10,7 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use farcall::StoreServer;
+use farcall::transport::StoreLimits;
+use farcall::{JobKey, Options, StoreServer};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -40,7 +43,9 @@ impl Workers {
         for signal in [SIGINT, SIGTERM] {
             signal_hook::flag::register_usize(signal, Arc::clone(&told_to_end), signal as usize)?;
         }
-        let store = StoreServer::bind("127.0.0.1:0")?;
+        let given = Options::key_from_env()?;
+        let key = given.clone().map_or_else(JobKey::random, Ok)?;
+        let store = StoreServer::bind_with("127.0.0.1:0", StoreLimits::default(), Some(key.clone()))?;
         let group = format!("run-{}", std::process::id());
         let mut workers = Self { children: Vec::new(), told_to_end, _store: store };
         for rank in 0..n {
@@ -51,6 +56,9 @@ impl Workers {
                 .env("FARCALL_STORE", workers._store.address().to_string())
                 .env("FARCALL_GROUP", &group)
                 .env("FARCALL_HOST_STORE", "0");
+            if given.is_none() {
+                command.env("FARCALL_KEY", key.to_hex());
+            }
             let program = command.get_program().to_string_lossy().into_owned();
             let child = command.spawn().map_err(|error| format!("cannot start {program}: {error}"))?;
             workers.children.push(Some(child));

@@ -5,14 +5,15 @@
 //! Invariant BOUNDED: joining and leaving have deadlines; what they miss is named.
 
 use std::collections::HashMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use farcall_device::Runtime;
 use farcall_transport::{
-    Driver, DriverConfig, EmbeddedStore, Limits, Store, StoreError, StoreServer, WorkerId, WorkerInfo, gone_key,
+    Driver, DriverConfig, EmbeddedStore, JobKey, KeyError, Limits, Store, StoreError, StoreLimits, StoreServer,
+    WorkerId, WorkerInfo, gone_key,
 };
 use tokio::sync::oneshot;
 
@@ -43,8 +44,14 @@ pub struct Options {
     pub host_store: bool,
     /// Told apart from other groups that use the same store or ports.
     pub group: String,
-    /// Where this worker listens; port 0 for any. Default 127.0.0.1:0. Only loopback is allowed yet.
+    /// Where this worker listens; port 0 for any. Default 127.0.0.1:0. Beyond loopback only with a `key`.
     pub bind: SocketAddr,
+    /// Under which address the others reach this worker, if it listens on all of them. Default: the one from which it
+    /// reaches the store.
+    pub advertise: Option<IpAddr>,
+    /// The secret of this job, the same for all its workers: who cannot prove it is refused, by workers and by the store.
+    /// Without one everyone on this machine can call this worker.
+    pub key: Option<JobKey>,
     /// How long a call waits for its reply unless told otherwise. Default 60 s.
     pub deadline: Duration,
     /// How long joining may take. Default 60 s.
@@ -75,6 +82,8 @@ impl Options {
             host_store: rank == 0,
             group: "farcall".to_owned(),
             bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            advertise: None,
+            key: None,
             deadline: Duration::from_secs(60),
             join_timeout: Duration::from_secs(60),
             shutdown_timeout: Duration::from_secs(60),
@@ -89,12 +98,25 @@ impl Options {
     /// Options from the environment.
     ///
     /// `FARCALL_RANK`, `FARCALL_WORLD_SIZE` and `FARCALL_STORE` (host:port) must be set; `FARCALL_NAME`,
-    /// `FARCALL_GROUP`, `FARCALL_BIND` (address:port) and `FARCALL_HOST_STORE` (0 or 1) may be.
+    /// `FARCALL_GROUP`, `FARCALL_BIND` (address:port), `FARCALL_ADVERTISE` (address) and `FARCALL_HOST_STORE` (0 or 1) may
+    /// be.
+    ///
+    /// The job's key comes from `FARCALL_KEY` (hexadecimal digits) or `FARCALL_KEY_FILE` (a file with them that nobody else
+    /// can read); `openssl rand -hex 32` makes one. A process's environment can be read by its own user and by root, and by
+    /// the processes that it starts.
     ///
     /// # Errors
     /// [`JoinError::Setting`] names the variable.
     pub fn from_env() -> Result<Self, JoinError> {
-        Self::from_variables(|name| std::env::var(name).ok())
+        Self::from_variables(variable)
+    }
+
+    /// The job's key alone, from the same variables, for launchers.
+    ///
+    /// # Errors
+    /// [`JoinError::Setting`] names the variable.
+    pub fn key_from_env() -> Result<Option<JobKey>, JoinError> {
+        key_from_variables(&variable)
     }
 
     pub(crate) fn from_variables(get: impl Fn(&str) -> Option<String>) -> Result<Self, JoinError> {
@@ -118,6 +140,10 @@ impl Options {
         if let Some(bind) = get("FARCALL_BIND") {
             options.bind = parse("FARCALL_BIND", &bind)?;
         }
+        if let Some(advertise) = get("FARCALL_ADVERTISE") {
+            options.advertise = Some(parse("FARCALL_ADVERTISE", &advertise)?);
+        }
+        options.key = key_from_variables(&get)?;
         if let Some(host) = get("FARCALL_HOST_STORE") {
             options.host_store = match host.as_str() {
                 "0" => false,
@@ -139,6 +165,24 @@ impl Options {
         }
         Ok(())
     }
+}
+
+/// What is not UTF-8 must not count as not set: it is refused, with its variable's name.
+fn variable(name: &str) -> Option<String> {
+    Some(std::env::var_os(name)?.to_string_lossy().into_owned())
+}
+
+fn key_from_variables(get: &impl Fn(&str) -> Option<String>) -> Result<Option<JobKey>, JoinError> {
+    let bad = |variable| move |error: KeyError| JoinError::Setting { variable, message: error.to_string() };
+    Ok(match (get("FARCALL_KEY"), get("FARCALL_KEY_FILE")) {
+        (None, None) => None,
+        (Some(key), None) => Some(JobKey::from_hex(&key).map_err(bad("FARCALL_KEY"))?),
+        (None, Some(path)) => Some(JobKey::from_file(path.as_ref()).map_err(bad("FARCALL_KEY_FILE"))?),
+        (Some(_), Some(_)) => {
+            let message = "FARCALL_KEY_FILE is set, too; set one of them".to_owned();
+            return Err(JoinError::Setting { variable: "FARCALL_KEY", message });
+        }
+    })
 }
 
 /// What leaving needs: the store, and this worker's place in it.
@@ -191,9 +235,17 @@ impl Agent {
         let registry = options.registry.clone().unwrap_or_else(Registry::collected);
         registry.check()?;
         let deadline = Instant::now() + options.join_timeout;
-        let server = options.host_store.then(|| StoreServer::bind(&options.store)).transpose()?;
+        let host = || StoreServer::bind_with(&options.store, StoreLimits::default(), options.key.clone());
+        let server = options.host_store.then(host).transpose()?;
         let address = server.as_ref().map_or_else(|| options.store.clone(), |server| server.address().to_string());
-        let store = EmbeddedStore::connect(&address, &identity(&options.group, options.rank), deadline)?;
+        let me = identity(&options.group, options.rank);
+        let store = EmbeddedStore::connect_with(&address, &me, options.key.as_ref(), deadline)?;
+        // Who hosts a store on all addresses reaches it over loopback, which tells nothing.
+        let reached = store.local_address().filter(|address| {
+            let hosted_on_all = server.as_ref().is_some_and(|server| server.address().ip().is_unspecified());
+            address.is_ipv4() == options.bind.is_ipv4() && !hosted_on_all
+        });
+        let advertise = options.advertise.or_else(|| reached.filter(|_| options.bind.ip().is_unspecified()));
 
         let name = options.name.clone().unwrap_or_else(|| format!("w{}", options.rank));
         let worker = WorkerInfo {
@@ -209,6 +261,8 @@ impl Agent {
             runtime: options.device_runtime.clone().unwrap_or_else(|| Runtime::global().clone()),
             connect_timeout: Duration::from_secs(5),
             threads_max: 1024,
+            key: options.key.clone(),
+            advertise,
         })?;
         for (worker, map) in &options.device_maps {
             let wrong = |message| JoinError::DeviceMap { worker: worker.clone(), message };
@@ -393,5 +447,25 @@ mod tests {
             "FARCALL_RANK"
         );
         assert_eq!(named(&[("FARCALL_RANK", "0"), ("FARCALL_WORLD_SIZE", "4")]), "FARCALL_STORE");
+        let with = |variable, value| {
+            let complete = [("FARCALL_RANK", "0"), ("FARCALL_WORLD_SIZE", "1"), ("FARCALL_STORE", "a:1")];
+            named(&[&complete[..], &[(variable, value)]].concat())
+        };
+        assert_eq!(with("FARCALL_KEY", ""), "FARCALL_KEY");
+        assert_eq!(with("FARCALL_KEY", "not hexadecimal"), "FARCALL_KEY");
+        assert_eq!(with("FARCALL_KEY_FILE", "/nowhere/farcall-key"), "FARCALL_KEY_FILE");
+        assert_eq!(with("FARCALL_ADVERTISE", "host"), "FARCALL_ADVERTISE");
+    }
+
+    #[test]
+    fn a_key_is_read_from_one_place() {
+        let complete = [("FARCALL_RANK", "0"), ("FARCALL_WORLD_SIZE", "1"), ("FARCALL_STORE", "a:1")];
+        let hex = "00112233445566778899aabbccddeeff";
+        let with = |more: &[(&str, &str)]| from(&[&complete[..], more].concat());
+        assert!(with(&[]).expect("complete settings").key.is_none());
+        let key = with(&[("FARCALL_KEY", hex)]).expect("complete settings").key.expect("a key");
+        assert_eq!(key.to_hex(), hex);
+        let error = with(&[("FARCALL_KEY", hex), ("FARCALL_KEY_FILE", "/a")]).expect_err("which one?").to_string();
+        assert_eq!(error, "FARCALL_KEY: FARCALL_KEY_FILE is set, too; set one of them");
     }
 }

@@ -1,13 +1,18 @@
 //! Who a worker is and where it can be dialed; the first frames of a connection.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::DriverConfig;
+use crate::auth::{Dialer, Realm};
+use crate::endpoint::encoded;
+use crate::error::AuthError;
 use crate::frame::{FEATURES, VERSION};
+use crate::key::{Nonce, fresh};
+use crate::{CloseCause, DriverConfig};
 
 /// One worker of a group: its name and its rank.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -67,6 +72,14 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// What a peer may send that has not welcomed us yet: a greeting, and nothing that takes memory.
+    pub(crate) fn of_greeting(&self) -> Self {
+        let metadata_bytes_max = self.metadata_bytes_max.min(16 << 10);
+        Self { metadata_bytes_max, extension_bytes_max: 0, tensors_max: 0, inline_bytes_max: 0, ..self.clone() }
+    }
+}
+
 /// What a dialer wants a connection to be.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Role {
@@ -85,15 +98,22 @@ pub(crate) struct Hello {
     pub(crate) versions: [u8; 2],
     /// What the dialer can do beyond them, a bit each; none is defined yet.
     pub(crate) features: u64,
+    /// Fresh; present when the dialer has a job key.
+    pub(crate) nonce: Option<Nonce>,
 }
 
 impl Hello {
-    pub(crate) fn new(config: &DriverConfig, role: Role) -> Self {
+    /// A hello, encoded, and the dialer's side of the proof that goes on from it, with `peer` for errors.
+    pub(crate) fn new(config: &DriverConfig, role: Role, peer: String) -> io::Result<(Vec<u8>, Option<Dialer>)> {
         let (group, worker) = (config.group.clone(), config.worker.clone());
-        Self { group, worker, role, versions: [VERSION; 2], features: FEATURES }
+        let nonce = config.key.as_ref().map(|_| fresh()).transpose()?;
+        let hello = encoded(&Self { group, worker, role, versions: [VERSION; 2], features: FEATURES, nonce });
+        let dialer = config.key.as_ref().map(|key| Dialer::new(key, Realm::Worker, &hello, peer));
+        Ok((hello, dialer))
     }
 }
 
+/// With a job key, 32 bytes of proof follow it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Welcome {
     pub(crate) worker: WorkerInfo,
@@ -115,4 +135,47 @@ pub(crate) struct Goodbye {
 pub(crate) enum Reason {
     Shutdown,
     Refused,
+    /// The sender has a job key, the receiver said hello without one.
+    KeyWanted,
+    /// The sender has no job key, the receiver's hello asks for one.
+    NoKey,
+    /// The receiver's proof is wrong.
+    WrongKey,
+}
+
+impl Goodbye {
+    /// What the receiver is told of `cause`, if it is to be told.
+    pub(crate) fn of(cause: &CloseCause) -> Option<Self> {
+        let (reason, text) = match cause {
+            CloseCause::LocalShutdown => (Reason::Shutdown, cause.to_string()),
+            CloseCause::Protocol(error) => (Reason::Refused, error.to_string()),
+            CloseCause::Device(error) => (Reason::Refused, error.to_string()),
+            // To each side its own words; these would name the receiver to itself.
+            CloseCause::Auth(error) => (error.reason(), String::new()),
+            _ => return None,
+        };
+        Some(Self { reason, text })
+    }
+
+    /// Why the connection ends, for who is told so by `peer`.
+    pub(crate) fn cause(self, peer: impl FnOnce() -> String) -> CloseCause {
+        match self.reason {
+            Reason::Shutdown => CloseCause::PeerShutdown { text: self.text },
+            Reason::Refused => CloseCause::Refused { text: self.text },
+            Reason::KeyWanted => CloseCause::Auth(AuthError::KeyWanted { peer: peer() }),
+            Reason::NoKey => CloseCause::Auth(AuthError::NoKey { peer: peer() }),
+            Reason::WrongKey => CloseCause::Auth(AuthError::WrongKey { peer: peer() }),
+        }
+    }
+}
+
+impl AuthError {
+    /// The same from the other side.
+    fn reason(&self) -> Reason {
+        match self {
+            Self::NoKey { .. } => Reason::KeyWanted,
+            Self::KeyWanted { .. } => Reason::NoKey,
+            Self::WrongKey { .. } => Reason::WrongKey,
+        }
+    }
 }

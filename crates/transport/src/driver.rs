@@ -15,7 +15,7 @@ mod pool;
 mod sources;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -34,7 +34,8 @@ pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
 
 use crate::endpoint::{Endpoint, lock};
-use crate::{CloseCause, Frame, Limits, ProtocolError, TransferError, WorkerInfo, tcp};
+use crate::strangers::Strangers;
+use crate::{CloseCause, Frame, JobKey, Limits, ProtocolError, TransferError, WorkerInfo, tcp};
 
 /// How often a stopping driver looks whether all goodbyes are taken.
 const GOODBYE_TICK: Duration = Duration::from_millis(1);
@@ -81,6 +82,10 @@ pub struct DriverConfig {
     pub connect_timeout: Duration,
     /// Threads at most, handlers that block included. Default 1,024.
     pub threads_max: usize,
+    /// Every connection must prove it, in both directions. Without one, only loopback is listened on.
+    pub key: Option<JobKey>,
+    /// The address that others are told, for who listens on all of them.
+    pub advertise: Option<IpAddr>,
 }
 
 /// See the module.
@@ -94,6 +99,9 @@ pub struct Driver {
     accept_paused_until: Mutex<Option<Instant>>,
     service: Mutex<Option<Arc<dyn Service>>>,
     sources: Mutex<Sources>,
+    strangers: Mutex<Strangers>,
+    /// Connections refused for want of the job's key.
+    unproven: AtomicU64,
     /// Endpoints with replies that wait for company. Shared, so that who takes the leading role from a busy thread sends
     /// what that thread has left behind.
     unflushed: Mutex<Vec<Arc<Endpoint>>>,
@@ -127,16 +135,22 @@ impl Driver {
     /// Binds the listener; nothing runs until [`Self::start`].
     ///
     /// # Errors
-    /// [`TransferError::NotLoopback`], or the system call that failed.
+    /// [`TransferError::NotLoopback`], [`TransferError::Unaddressed`], or the system call that failed.
     pub fn bind(mut config: DriverConfig) -> Result<Arc<Self>, TransferError> {
         let address = config.worker.address;
-        if !address.ip().is_loopback() {
+        if !address.ip().is_loopback() && config.key.is_none() {
             return Err(TransferError::NotLoopback { address });
+        }
+        if address.ip().is_unspecified() && config.advertise.is_none() {
+            return Err(TransferError::Unaddressed { address });
         }
         let os = |call| move |errno: Errno| TransferError::os(call)(errno.into());
         let listener = tcp::listen(address).map_err(TransferError::os("listen"))?;
         config.worker.address =
             listener.local_addr().map_err(TransferError::os("getsockname"))?.as_socket().unwrap_or(address);
+        if let Some(advertised) = config.advertise {
+            config.worker.address.set_ip(advertised);
+        }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create"))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(os("eventfd"))?;
         let watchdog =
@@ -151,6 +165,8 @@ impl Driver {
             accept_paused_until: Mutex::new(None),
             service: Mutex::new(None),
             sources: Mutex::default(),
+            strangers: Mutex::new(Strangers::new(accept::greetings_max())),
+            unproven: AtomicU64::new(0),
             unflushed: Mutex::default(),
             next_token: AtomicU64::new(FIRST_TOKEN),
             bulk_keys: Mutex::default(),

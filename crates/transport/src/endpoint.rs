@@ -27,10 +27,12 @@ use socket2::Socket;
 
 use bulk::{Bulk, BulkLink, BulkRx, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
-pub(crate) use encode::{encode_frame, greeting, read_greeting, write_greeting};
+pub(crate) use encode::{encode_frame, encoded, greeting, read_greeting, write_greeting};
 
-use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
+use crate::address::{Goodbye, Hello, Role, Welcome};
+use crate::auth::{Acceptor, Dialer};
 use crate::driver::{Driver, Peer, Registration, Turn};
+use crate::error::AuthError;
 use crate::frame::{FEATURES, HEADER_BYTES, Kind, VERSION};
 use crate::receive::{Received, Receiver, Transfers};
 use crate::tcp::{self, Progress, Wait};
@@ -66,6 +68,8 @@ pub struct Endpoint {
     expected: Option<Arc<str>>,
     status: AtomicU8,
     control: Registration,
+    /// The dialer's side of the proof, until the welcome.
+    proof: Mutex<Option<Dialer>>,
     rx: Mutex<Receiver>,
     tx: Mutex<Tx>,
     bulk: Mutex<Bulk>,
@@ -132,17 +136,22 @@ impl Endpoint {
         status: Status,
         key: u128,
     ) -> Result<Self, TransferError> {
+        let limits = driver.config().limits.clone();
+        // Before its welcome nobody is given memory.
+        let limits = if dialed.is_some() { limits.of_greeting() } else { limits };
         Ok(Self {
             driver: Arc::clone(driver),
             dialed,
             expected: None,
             status: AtomicU8::new(status as u8),
             control: driver.register(socket),
-            rx: Mutex::new(Receiver::new(driver.config().limits.clone(), driver.config().runtime.clone())),
+            proof: Mutex::new(None),
+            rx: Mutex::new(Receiver::new(limits, driver.config().runtime.clone())),
             tx: Mutex::new(Tx { wire: Vec::new(), sent: 0, next_transfer: 1, announced: Vec::new() }),
             bulk: Mutex::new(Bulk {
                 link: BulkLink::None,
                 key,
+                proof: None,
                 prefix: Vec::new(),
                 queue: VecDeque::new(),
                 current: None,
@@ -328,16 +337,33 @@ impl Endpoint {
     }
 
     fn greet(&self) -> Result<(), CloseCause> {
-        let config = self.driver.config();
-        let hello = Hello::new(config, Role::Control { target: self.expected.clone() });
-        let bytes = greeting(Kind::Hello, &hello);
+        let (hello, proof) = self.hello(Role::Control { target: self.expected.clone() })?;
+        *lock(&self.proof) = proof;
         self.status.store(Status::Greeting as u8, Ordering::Release);
         self.control.set(&self.driver, EventFlags::IN);
-        write_greeting(self.control.socket(), &bytes)
+        write_greeting(self.control.socket(), &greeting(Kind::Hello, &hello))
+    }
+
+    fn hello(&self, role: Role) -> Result<(Vec<u8>, Option<Dialer>), CloseCause> {
+        let hello = Hello::new(self.driver.config(), role, self.peer_text());
+        hello.map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })
+    }
+
+    /// The acceptor proves that it has the job's key, and asks for the same.
+    fn on_challenge(&self, challenge: &[u8]) -> Result<(), CloseCause> {
+        let Some(proof) = &mut *lock(&self.proof) else {
+            return Err(CloseCause::Auth(AuthError::KeyWanted { peer: self.peer_text() }));
+        };
+        write_greeting(self.control.socket(), &greeting(Kind::Proof, &proof.on_challenge(challenge)?))
     }
 
     /// The acceptor's answer; from now on frames go both ways.
-    pub(crate) fn welcome(&self, peer: Arc<dyn Peer>, features: u64) -> Result<(), CloseCause> {
+    pub(crate) fn welcome(
+        &self,
+        peer: Arc<dyn Peer>,
+        features: u64,
+        acceptor: Option<Acceptor>,
+    ) -> Result<(), CloseCause> {
         let key = lock(&self.bulk).key;
         if self.peer.set(peer).is_err() {
             unreachable!("an endpoint is welcomed once");
@@ -348,6 +374,10 @@ impl Endpoint {
             version: VERSION,
             features: features & FEATURES,
         };
+        let mut welcome = encoded(&welcome);
+        if let Some(acceptor) = acceptor {
+            acceptor.seal(&mut welcome);
+        }
         // Calls to the peer may wait already: they go behind the welcome.
         let mut tx = lock(&self.tx);
         write_greeting(self.control.socket(), &greeting(Kind::Welcome, &welcome))?;
@@ -375,7 +405,13 @@ impl Endpoint {
         let mut input = &bytes[..];
         while let Some(received) = rx.feed(&mut input)? {
             match received {
-                Received::Frame(frame) => self.deliver(frame, turn)?,
+                Received::Frame(frame) => {
+                    let welcome = frame.kind == Kind::Welcome;
+                    self.deliver(frame, turn)?;
+                    if welcome {
+                        rx.set_limits(self.driver.config().limits.clone());
+                    }
+                }
                 Received::Waiting(partial) => self.park(partial)?,
             }
         }
@@ -387,11 +423,9 @@ impl Endpoint {
         match frame.kind {
             Kind::Close => {
                 let goodbye: Goodbye = read_greeting("goodbye", &frame.metadata)?;
-                return Err(match goodbye.reason {
-                    Reason::Shutdown => CloseCause::PeerShutdown { text: goodbye.text },
-                    Reason::Refused => CloseCause::Refused { text: goodbye.text },
-                });
+                return Err(goodbye.cause(|| self.peer_text()));
             }
+            Kind::Challenge if status == Status::Greeting => self.on_challenge(&frame.metadata)?,
             Kind::Welcome if status == Status::Greeting => self.on_welcome(&frame)?,
             Kind::OpenBulk if status == Status::Open && self.dialed.is_some() => {
                 let mut bulk = lock(&self.bulk);
@@ -409,7 +443,12 @@ impl Endpoint {
     }
 
     fn on_welcome(self: &Arc<Self>, frame: &Frame) -> Result<(), CloseCause> {
-        let welcome: Welcome = read_greeting("welcome", &frame.metadata)?;
+        let proof = lock(&self.proof).take();
+        let metadata = match proof {
+            Some(mut proof) => &proof.on_welcome(&frame.metadata)?.to_vec(),
+            None => &frame.metadata,
+        };
+        let welcome: Welcome = read_greeting("welcome", metadata)?;
         if welcome.version != VERSION {
             return Err(ProtocolError::NoCommonVersion { theirs: [welcome.version; 2], ours: VERSION }.into());
         }
@@ -503,7 +542,9 @@ impl Endpoint {
         };
         let connecting_since = match (self.status(), &lock(&self.bulk).link) {
             (Status::Connecting | Status::Greeting, _) => Some(self.opened_at),
-            (_, BulkLink::Connecting(_, since) | BulkLink::Requested(since)) => Some(*since),
+            (_, BulkLink::Connecting(_, since) | BulkLink::Proving(_, since, _) | BulkLink::Requested(since)) => {
+                Some(*since)
+            }
             _ => None,
         };
         if let Some(since) = connecting_since
@@ -537,23 +578,21 @@ impl Endpoint {
             return;
         }
         let before = self.status.swap(Status::Closed as u8, Ordering::AcqRel);
-        let goodbye = match &*cause {
-            CloseCause::LocalShutdown => Some(Goodbye { reason: Reason::Shutdown, text: cause.to_string() }),
-            CloseCause::Protocol(error) => Some(Goodbye { reason: Reason::Refused, text: error.to_string() }),
-            CloseCause::Device(error) => Some(Goodbye { reason: Reason::Refused, text: error.to_string() }),
-            _ => None,
-        };
-        if let Some(goodbye) = goodbye
-            && before == Status::Open as u8
-        {
+        if let Some(goodbye) = Goodbye::of(&cause) {
+            let goodbye = greeting(Kind::Close, &encoded(&goodbye));
             // Best effort, and only on a frame boundary: a peer that reads nothing hears the connection end.
-            let mut tx = lock(&self.tx);
-            if self.write_control(&mut tx).is_ok() && tx.sent == tx.wire.len() {
-                let _ = write_greeting(self.control.socket(), &greeting(Kind::Close, &goodbye));
+            if before == Status::Open as u8 {
+                let mut tx = lock(&self.tx);
+                if self.write_control(&mut tx).is_ok() && tx.sent == tx.wire.len() {
+                    let _ = write_greeting(self.control.socket(), &goodbye);
+                }
+            } else if before == Status::Greeting as u8 && matches!(*cause, CloseCause::Auth(_)) {
+                // What waits in `tx` is for who has proven the key.
+                let _ = write_greeting(self.control.socket(), &goodbye);
             }
         }
         let bulk = std::mem::replace(&mut lock(&self.bulk).link, BulkLink::None);
-        if let BulkLink::Connecting(link, _) | BulkLink::Open(link) = bulk {
+        if let BulkLink::Connecting(link, _) | BulkLink::Proving(link, ..) | BulkLink::Open(link) = bulk {
             self.driver.remove(&link);
             let _ = link.socket().shutdown(Shutdown::Both);
         }
@@ -573,6 +612,16 @@ impl Endpoint {
     /// The peer's id for messages: its own word, else what was dialed.
     pub fn peer_id(&self) -> Option<&WorkerId> {
         self.remote.get().map(|info| &info.id)
+    }
+
+    /// The peer's name for errors of the greeting.
+    fn peer_text(&self) -> String {
+        match (self.peer_id(), &self.expected, self.dialed) {
+            (Some(id), ..) => id.to_string(),
+            (None, Some(name), _) => name.to_string(),
+            (None, None, Some(address)) => address.to_string(),
+            (None, None, None) => "the peer".to_owned(),
+        }
     }
 }
 

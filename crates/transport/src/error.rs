@@ -89,6 +89,32 @@ pub enum ProtocolError {
     /// A started frame or handshake did not go on in time.
     #[error("no complete {what} within {timeout:?}")]
     Stalled { what: &'static str, timeout: Duration },
+    /// A connection too many that is not let in yet; this one waited longest.
+    #[error("{max} connections are in their greeting; this one was the oldest")]
+    Crowded { max: usize },
+    /// Without the job's key.
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+}
+
+/// Why a peer was not let in, or not trusted: each side of a refused connection has its own.
+///
+/// Whoever cannot prove the key learns nothing else: neither this worker's name nor its group.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "the messages name the fields")]
+pub enum AuthError {
+    /// The peer has a key, this worker none.
+    #[error("{peer} asks for a job key; set FARCALL_KEY or FARCALL_KEY_FILE as the launcher does")]
+    KeyWanted { peer: String },
+    /// This worker has a key, the peer none.
+    #[error("{peer} has no job key, this worker has one; set FARCALL_KEY or FARCALL_KEY_FILE there as it is here")]
+    NoKey { peer: String },
+    /// Both have a key, not the same one; or the peer's proof was not made for this connection.
+    #[error(
+        "{peer} and this worker have different job keys; give all workers the same FARCALL_KEY or FARCALL_KEY_FILE"
+    )]
+    WrongKey { peer: String },
 }
 
 /// Why an endpoint closed. Every waiter on it gets this, once, in bounded time.
@@ -108,6 +134,9 @@ pub enum CloseCause {
     /// The peer broke the protocol.
     #[error("the peer broke the protocol: {0}")]
     Protocol(ProtocolError),
+    /// One side did not prove the job's key.
+    #[error(transparent)]
+    Auth(AuthError),
     /// No connection came about.
     #[error("cannot connect to {address}: {source}")]
     Connect { address: SocketAddr, source: Arc<io::Error> },
@@ -124,7 +153,10 @@ pub enum CloseCause {
 
 impl From<ProtocolError> for CloseCause {
     fn from(error: ProtocolError) -> Self {
-        Self::Protocol(error)
+        match error {
+            ProtocolError::Auth(error) => Self::Auth(error),
+            error => Self::Protocol(error),
+        }
     }
 }
 
@@ -145,11 +177,16 @@ pub enum TransferError {
     /// A system call failed.
     #[error("{call}: {source}")]
     Os { call: &'static str, source: Arc<io::Error> },
-    /// A bind beyond loopback, which needs a job key or TLS.
+    /// A bind beyond loopback without a job key.
     #[error(
-        "refusing to listen on {address}: workers on other hosts are not authenticated yet; bind to 127.0.0.1 or [::1]"
+        "refusing to listen on {address} without a job key: anyone who reaches it could call this worker; set \
+         FARCALL_KEY or FARCALL_KEY_FILE (made by `openssl rand -hex 32`, the same for all workers), or bind to \
+         127.0.0.1 or [::1]"
     )]
     NotLoopback { address: SocketAddr },
+    /// Listening on all addresses, without one to tell the others.
+    #[error("listening on {address}, but under which address do others reach it? Set FARCALL_ADVERTISE to it")]
+    Unaddressed { address: SocketAddr },
 }
 
 impl TransferError {

@@ -58,13 +58,17 @@ pub enum Kind {
     OpenBulk = 9,
     /// Bytes of one transfer, on a bulk connection only.
     Chunk = 10,
+    /// The acceptor's answer to a [`Kind::Hello`] when there is a job key; see `auth`.
+    Challenge = 20,
+    /// The dialer's answer to a [`Kind::Challenge`].
+    Proof = 21,
 }
 
 impl Kind {
     /// The kind with this wire code.
     pub fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        [Hello, Welcome, Function, Request, Reply, Error, Close, OpenBulk, Chunk]
+        [Hello, Welcome, Function, Request, Reply, Error, Close, OpenBulk, Chunk, Challenge, Proof]
             .into_iter()
             .find(|kind| *kind as u8 == code)
     }

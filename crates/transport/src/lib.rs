@@ -5,24 +5,29 @@
 //! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
+//! - [`JobKey`]: what the workers of a job share, proven by both sides of each connection before anything else (PEERS).
 //!
 //! Invariants, named where they are kept: LIMITS (checked before allocation), BOUNDED (every wait ends), W1 (wire
 //! layout), R1 (a large payload delays no later frame), D1 (one thread reads a connection at a time), D2 (the leading
 //! role is taken from a thread that is busy in a handler), E1 (every waiter hears of a close, once).
 
 mod address;
+mod auth;
 mod descriptor;
 mod driver;
 mod endpoint;
 mod error;
 pub mod frame;
+mod key;
 mod receive;
 mod store;
+mod strangers;
 mod tcp;
 
 pub use address::{Limits, WorkerId, WorkerInfo};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
-pub use error::{CloseCause, ProtocolError, TransferError};
+pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
+pub use key::{JobKey, KeyError};
 pub use receive::Frame;
 pub use store::*;

@@ -92,6 +92,11 @@ impl Receiver {
         Self { limits, runtime, head: [0; HEADER_BYTES], head_len: 0, state: State::Head }
     }
 
+    /// From the next frame on.
+    pub(crate) fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     /// Consumes bytes of `input` up to the end of one frame, or all of them.
     pub(crate) fn feed(&mut self, input: &mut &[u8]) -> Result<Option<Received>, CloseCause> {
         loop {

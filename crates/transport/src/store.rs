@@ -2,8 +2,9 @@
 //!
 //! Rank 0 hosts a [`StoreServer`]; every worker, rank 0 too, reaches it through [`EmbeddedStore`]. Another table, such as
 //! the one torchrun keeps, stands behind the same [`Store`] trait. It carries addresses and barriers, never payload.
-//! It has no secrets and asks for none: whoever can dial it can read and write it, so what is found here (an address,
-//! say) is still proven when it is dialed. Its limits keep a broken or hostile client from hurting the others.
+//! With a job key, who cannot prove it reads and writes nothing; without one, whoever can dial the store can, and only
+//! loopback is listened on. It holds no secrets in either case, and what is found here (an address, say) is still proven
+//! when it is dialed. Its limits keep a broken or hostile client from hurting the others.
 //!
 //! Invariant S1: every operation ends, by an answer, its deadline or a fixed timeout; nothing waits without a bound.
 //! Invariant S2: keys are never removed, so a key that was waited for can be read.
@@ -25,6 +26,8 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+
+use crate::AuthError;
 
 pub use client::EmbeddedStore;
 pub use server::StoreServer;
@@ -88,6 +91,9 @@ pub fn gone_key(identity: &str) -> String {
 pub struct StoreLimits {
     /// Clients at a time, those still greeting included.
     pub connections: usize,
+    /// Clients that are still greeting, half of `connections` at most. Beyond it the oldest has to go, of the address that
+    /// has most of them; an honest one dials again.
+    pub greetings: usize,
     /// Bytes of one key, and of an identity's [`gone_key`].
     pub key_bytes: usize,
     /// Bytes of one value.
@@ -113,6 +119,7 @@ impl Default for StoreLimits {
     fn default() -> Self {
         Self {
             connections: 4096,
+            greetings: 256,
             key_bytes: 1 << 10,
             value_bytes: 1 << 20,
             total_bytes: 256 << 20,
@@ -132,9 +139,16 @@ pub enum StoreError {
     /// The server could not listen.
     #[error("cannot host the store at {address} ({source}); choose a free port of an address of this machine")]
     Bind { address: String, source: io::Error },
-    /// A bind beyond loopback, where anyone could read and write the store.
-    #[error("refusing to host the store at {address}: other hosts are not authenticated yet; use 127.0.0.1 or [::1]")]
+    /// A bind beyond loopback without a job key, where anyone could read and write the store.
+    #[error(
+        "refusing to host the store at {address} without a job key: anyone who reaches it could read and write it; set \
+         FARCALL_KEY or FARCALL_KEY_FILE (made by `openssl rand -hex 32`, the same for all workers), or use 127.0.0.1 \
+         or [::1]"
+    )]
     NotLoopback { address: String },
+    /// The store did not prove the job's key.
+    #[error("the store at {address}: {source}")]
+    Unproven { address: String, source: AuthError },
     /// Nothing answered until the deadline.
     #[error(
         "no store answers at {address} after {waited_ms} ms ({source}); start the worker that hosts it (rank 0), then \
@@ -169,6 +183,17 @@ pub enum Refusal {
     /// The first bytes are no greeting of this version.
     #[error("the greeting is not a farcall store's")]
     Greeting,
+    /// The store has a job key, the client said hello without one.
+    #[error("it asks for a job key; set FARCALL_KEY or FARCALL_KEY_FILE as the launcher does")]
+    KeyWanted,
+    /// The client has a job key, the store none.
+    #[error(
+        "it has no job key, this worker has one; set FARCALL_KEY or FARCALL_KEY_FILE where the store is hosted, too"
+    )]
+    NoKey,
+    /// The client's proof is wrong.
+    #[error("it has another job key; give all workers the same FARCALL_KEY or FARCALL_KEY_FILE")]
+    WrongKey,
     /// The greeting, or the rest of a request, did not come in time.
     #[error("the rest of the message did not come within {limit_ms} ms")]
     Slow { limit_ms: u64 },

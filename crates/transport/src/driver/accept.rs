@@ -1,18 +1,25 @@
-//! Accepting connections: the hello of a stranger, and what becomes of it.
+//! Accepting connections: the hello of a stranger, its proof of the job's key, and what becomes of it.
 //!
-//! Invariant LIMITS: a stranger has a deadline and a few KiB, and there are at most [`GREETINGS_MAX`] of them.
+//! Invariant LIMITS: a stranger has a deadline and a few KiB, and there are at most [`GREETINGS_MAX`] of them, refused ones
+//! that are still read on included.
+//! Invariant PEERS: with a job key, a stranger learns nothing and gets nothing done before its proof.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
-use socket2::Socket;
+use rustix::io::Errno;
+use socket2::{SockAddr, Socket};
 
 use super::sources::{Registration, Source};
 use super::{Driver, Service};
-use crate::address::{Goodbye, Hello, Reason, Role};
-use crate::endpoint::{Endpoint, greeting, lock, lost, read_greeting, write_greeting};
+use crate::address::{Goodbye, Hello, Role};
+use crate::auth::{Acceptor, Realm};
+use crate::endpoint::{Endpoint, encoded, greeting, lock, lost, read_greeting, write_greeting};
+use crate::error::AuthError;
 use crate::frame::{HEADER_BYTES, Header, Kind, MAGIC, VERSION};
+use crate::key::fresh;
 use crate::tcp::{self, Progress};
 use crate::{CloseCause, ProtocolError};
 
@@ -20,26 +27,60 @@ use crate::{CloseCause, ProtocolError};
 const ACCEPTS: usize = 64;
 /// How long accepting pauses when it fails.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Connections that may be in their greeting at once.
+/// Connections that may be in their greeting at once; fewer where descriptors are short.
 const GREETINGS_MAX: usize = 1024;
+/// Of a hello, and of what else may come before a connection is let in.
+const HELLO_BYTES_MAX: u64 = 16 << 10;
+const PROOF_BYTES_MAX: u64 = 1 << 10;
 
-/// An accepted connection whose hello is not complete.
+/// An accepted connection that is not let in yet.
 pub(super) struct Greeting {
     pub(super) registration: Registration,
     pub(super) deadline: Instant,
-    bytes: Mutex<Vec<u8>>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Of the message in progress.
+    bytes: Vec<u8>,
+    phase: Phase,
+}
+
+enum Phase {
+    Hello,
+    /// Challenged; the proof is to come.
+    Proof(Hello, Acceptor),
+    /// Let in, or refused.
+    Over,
+}
+
+impl Greeting {
+    /// What the stranger has not sent in time.
+    pub(super) fn awaited(&self) -> &'static str {
+        if let Phase::Proof(..) = lock(&self.state).phase { "proof of the job key" } else { "hello" }
+    }
+}
+
+/// How many connections may be in their greeting: a quarter of the descriptors, so that a flood leaves some to the rest.
+pub(super) fn greetings_max() -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    descriptors.map_or(GREETINGS_MAX, |descriptors| (descriptors / 4).clamp(1, GREETINGS_MAX as u64) as usize)
 }
 
 impl Driver {
     pub(super) fn accept(self: &Arc<Self>) {
         for _ in 0..ACCEPTS {
-            let socket = match self.listener.socket().accept() {
-                Ok((socket, _)) => socket,
+            let (socket, from) = match self.listener.socket().accept() {
+                Ok(accepted) => accepted,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
                 // The listener was shut down: the driver stops.
                 Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => return,
                 Err(error) => {
+                    let none_left = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
+                    if none_left.contains(&error.raw_os_error()) && self.displace_stranger() {
+                        continue;
+                    }
                     // Out of descriptors or memory: the dialers wait, the connected go on.
                     tracing::warn!(%error, "accept; trying again in {ACCEPT_PAUSE:?}");
                     let until = Instant::now() + ACCEPT_PAUSE;
@@ -49,40 +90,96 @@ impl Driver {
                     return;
                 }
             };
-            let greetings = lock(&self.sources).values().filter(|source| matches!(source, Source::Greeting(_))).count();
-            if greetings >= GREETINGS_MAX {
-                tracing::warn!(GREETINGS_MAX, "too many connections in their greeting; the newest is dropped");
-                continue;
+            self.greet(socket, &from);
+        }
+    }
+
+    fn greet(self: &Arc<Self>, socket: Socket, from: &SockAddr) {
+        if let Err(error) = tcp::prepare(&socket) {
+            tracing::debug!(%error, "accepted socket");
+            return;
+        }
+        let registration = self.register(socket);
+        let from = from.as_socket().map(|address| address.ip());
+        let displaced = lock(&self.strangers).enter(registration.token(), from);
+        if let Some(token) = displaced {
+            self.dismiss(token);
+        }
+        let deadline = Instant::now() + self.config.connect_timeout;
+        let state = Mutex::new(State { bytes: Vec::new(), phase: Phase::Hello });
+        let greeting = Arc::new(Greeting { registration: registration.clone(), deadline, state });
+        if self.add(&registration, EventFlags::IN, Source::Greeting(greeting)).is_ok() {
+            self.schedule(deadline);
+        }
+    }
+
+    /// Makes room for a stranger, at another's cost. `false`: there is none.
+    fn displace_stranger(&self) -> bool {
+        let displaced = lock(&self.strangers).displace();
+        displaced.inspect(|token| self.dismiss(*token)).is_some()
+    }
+
+    /// Ends the connection of a stranger at once.
+    fn dismiss(&self, token: u64) {
+        let source = lock(&self.sources).by_token.get(&token).cloned();
+        match source {
+            Some(Source::Greeting(greeting)) => {
+                let max = lock(&self.strangers).max();
+                tracing::debug!(max, "too many connections in their greeting; the oldest is dropped");
+                self.say(&greeting.registration, &ProtocolError::Crowded { max }.into());
+                self.remove(&greeting.registration);
             }
-            if let Err(error) = tcp::prepare(&socket) {
-                tracing::debug!(%error, "accepted socket");
-                continue;
-            }
-            let registration = self.register(socket);
-            let deadline = Instant::now() + self.config.connect_timeout;
-            let greeting = Arc::new(Greeting { registration: registration.clone(), deadline, bytes: Mutex::default() });
-            if self.add(&registration, EventFlags::IN, Source::Greeting(greeting)).is_ok() {
-                self.schedule(deadline);
-            }
+            Some(Source::Draining(registration, _)) => self.remove(&registration),
+            _ => {}
         }
     }
 
     pub(super) fn on_greeting_event(self: &Arc<Self>, greeting: &Arc<Greeting>) {
-        match self.read_hello(greeting) {
-            Ok(None) => {}
-            Ok(Some(hello)) => {
-                if let Err(error) = self.admit(greeting, hello) {
-                    self.refuse(greeting, error);
-                }
-            }
-            Err(CloseCause::Protocol(error)) => self.refuse(greeting, error),
-            Err(_) => self.remove(&greeting.registration),
+        match self.greeting_event(greeting) {
+            Ok(()) => {}
+            Err(CloseCause::PeerLost { .. }) => self.remove(&greeting.registration),
+            Err(cause) => self.refuse(greeting, cause),
         }
     }
 
-    /// Reads no byte beyond the hello: what follows belongs to the endpoint.
-    fn read_hello(&self, greeting: &Greeting) -> Result<Option<Hello>, CloseCause> {
-        let mut bytes = lock(&greeting.bytes);
+    fn greeting_event(self: &Arc<Self>, greeting: &Arc<Greeting>) -> Result<(), CloseCause> {
+        loop {
+            let mut state = lock(&greeting.state);
+            let Some((kind, message)) = self.read_message(greeting, &mut state)? else { return Ok(()) };
+            match std::mem::replace(&mut state.phase, Phase::Over) {
+                Phase::Hello => {
+                    let hello: Hello = read_greeting("hello", &message)?;
+                    let Some((acceptor, challenge)) = self.challenge(&hello, &message)? else {
+                        drop(state);
+                        return self.admit(greeting, hello, None);
+                    };
+                    state.phase = Phase::Proof(hello, acceptor);
+                    write_greeting(greeting.registration.socket(), &self::greeting(Kind::Challenge, &challenge))?;
+                }
+                Phase::Proof(hello, _) if kind == Kind::Close => {
+                    let goodbye: Goodbye = read_greeting("goodbye", &message)?;
+                    let cause = goodbye.cause(|| hello.worker.id.to_string());
+                    self.count_refusal(&cause);
+                    return Err(CloseCause::PeerLost { source: None });
+                }
+                Phase::Proof(hello, mut acceptor) => {
+                    acceptor.on_proof(&message)?;
+                    drop(state);
+                    return self.admit(greeting, hello, Some(acceptor));
+                }
+                Phase::Over => return Ok(()),
+            }
+        }
+    }
+
+    /// Reads one message and no byte beyond it: what follows the last one belongs to the endpoint.
+    fn read_message(&self, greeting: &Greeting, state: &mut State) -> Result<Option<(Kind, Vec<u8>)>, CloseCause> {
+        let State { bytes, phase } = state;
+        let (wanted, expected, bytes_max) = match phase {
+            Phase::Hello => (Kind::Hello, "a hello", HELLO_BYTES_MAX),
+            Phase::Proof(..) => (Kind::Proof, "a proof of the job key", PROOF_BYTES_MAX),
+            Phase::Over => return Ok(None),
+        };
         loop {
             if let Some(magic) = bytes.first_chunk()
                 && u32::from_le_bytes(*magic) != MAGIC
@@ -92,12 +189,15 @@ impl Driver {
             }
             let want = if let Some(head) = bytes.first_chunk() {
                 let (header, kind) = Header::parse(head, &self.config.limits)?;
-                if kind != Kind::Hello || header.tensors != 0 || header.payload_len != 0 {
-                    return Err(ProtocolError::Unexpected { kind, expected: "a hello" }.into());
+                let expected_kind = kind == wanted || (wanted == Kind::Proof && kind == Kind::Close);
+                if !expected_kind || header.tensors != 0 || header.payload_len != 0 {
+                    return Err(ProtocolError::Unexpected { kind, expected }.into());
                 }
-                crate::frame::limit("hello bytes", header.body_len() as u64, 16 << 10)?;
+                let what = if wanted == Kind::Hello { "hello bytes" } else { "proof bytes" };
+                crate::frame::limit(what, header.body_len() as u64, bytes_max)?;
                 if bytes.len() == HEADER_BYTES + header.body_len() {
-                    return Ok(Some(read_greeting("hello", &bytes[HEADER_BYTES..])?));
+                    let message = std::mem::take(bytes).split_off(HEADER_BYTES);
+                    return Ok(Some((kind, message)));
                 }
                 HEADER_BYTES + header.body_len() - bytes.len()
             } else {
@@ -113,13 +213,32 @@ impl Driver {
         }
     }
 
-    fn admit(self: &Arc<Self>, greeting: &Arc<Greeting>, hello: Hello) -> Result<(), ProtocolError> {
-        if hello.group != self.config.group {
-            return Err(ProtocolError::Group { found: hello.group, expected: self.config.group.clone() });
-        }
+    /// What a hello is answered with: a challenge if there is a key on both sides, nothing if on neither.
+    fn challenge(&self, hello: &Hello, message: &[u8]) -> Result<Option<(Acceptor, Vec<u8>)>, CloseCause> {
         let [oldest, newest] = hello.versions;
         if !(oldest..=newest).contains(&VERSION) {
-            return Err(ProtocolError::NoCommonVersion { theirs: hello.versions, ours: VERSION });
+            return Err(ProtocolError::NoCommonVersion { theirs: hello.versions, ours: VERSION }.into());
+        }
+        let peer = hello.worker.id.to_string();
+        match (&self.config.key, &hello.nonce) {
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(CloseCause::Auth(AuthError::NoKey { peer })),
+            (None, Some(_)) => Err(CloseCause::Auth(AuthError::KeyWanted { peer })),
+            (Some(key), Some(_)) => {
+                let nonce = fresh().map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })?;
+                Ok(Some(Acceptor::new(key, Realm::Worker, message, &nonce, peer)))
+            }
+        }
+    }
+
+    fn admit(
+        self: &Arc<Self>,
+        greeting: &Arc<Greeting>,
+        hello: Hello,
+        acceptor: Option<Acceptor>,
+    ) -> Result<(), CloseCause> {
+        if hello.group != self.config.group {
+            return Err(ProtocolError::Group { found: hello.group, expected: self.config.group.clone() }.into());
         }
         let Ok(socket) = greeting.registration.socket().try_clone() else {
             self.remove(&greeting.registration);
@@ -139,17 +258,17 @@ impl Driver {
                     && **target != *self.config.worker.id.name
                 {
                     let found = self.config.worker.id.name.to_string();
-                    return Err(ProtocolError::WrongWorker { found, expected: target.to_string() });
+                    return Err(ProtocolError::WrongWorker { found, expected: target.to_string() }.into());
                 }
                 let Some(service) = lock(&self.service).clone() else { return Ok(()) };
                 self.remove(&greeting.registration);
-                self.open(socket, hello, &*service);
+                self.open(socket, hello, acceptor, &*service);
             }
         }
         Ok(())
     }
 
-    fn open(self: &Arc<Self>, socket: Socket, hello: Hello, service: &dyn Service) {
+    fn open(self: &Arc<Self>, socket: Socket, hello: Hello, acceptor: Option<Acceptor>, service: &dyn Service) {
         let (remote, features) = (hello.worker.clone(), hello.features);
         let mut key = [0_u8; 16];
         if let Err(error) = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty()) {
@@ -159,7 +278,7 @@ impl Driver {
         let key = u128::from_ne_bytes(key);
         let opened = Endpoint::accepted(self, socket, hello, key).and_then(|endpoint| {
             let peer = service.on_open(&remote);
-            let admitted = endpoint.welcome(Arc::clone(&peer), features);
+            let admitted = endpoint.welcome(Arc::clone(&peer), features, acceptor);
             lock(&self.bulk_keys).insert(key, Arc::downgrade(&endpoint));
             match admitted {
                 Err(cause) => endpoint.close(cause),
@@ -179,11 +298,30 @@ impl Driver {
     }
 
     /// Tells a dialer why it is not let in.
-    pub(super) fn refuse(&self, refused: &Greeting, error: ProtocolError) {
-        tracing::debug!(%error, "refused a connection");
-        let goodbye = Goodbye { reason: Reason::Refused, text: error.to_string() };
-        // Best effort: whoever sends garbage may not read.
-        let _ = write_greeting(refused.registration.socket(), &greeting(Kind::Close, &goodbye));
+    pub(super) fn refuse(&self, refused: &Greeting, cause: CloseCause) {
+        self.count_refusal(&cause);
+        self.say(&refused.registration, &cause);
         self.linger(&refused.registration);
+    }
+
+    fn say(&self, registration: &Registration, cause: &CloseCause) {
+        if let Some(goodbye) = Goodbye::of(cause) {
+            // Best effort: whoever sends garbage may not read.
+            let _ = write_greeting(registration.socket(), &greeting(Kind::Close, &encoded(&goodbye)));
+        }
+    }
+
+    /// A wrong key is worth a warning, a flood of them is not worth a full disk: the first, then each that doubles their number.
+    fn count_refusal(&self, cause: &CloseCause) {
+        let CloseCause::Auth(error) = cause else {
+            tracing::debug!(%cause, "refused a connection");
+            return;
+        };
+        let refused = self.unproven.fetch_add(1, Ordering::Relaxed) + 1;
+        if refused.is_power_of_two() {
+            tracing::warn!(%error, refused, "refused a connection");
+        } else {
+            tracing::debug!(%error, refused, "refused a connection");
+        }
     }
 }

@@ -76,6 +76,10 @@ impl Registration {
         &self.0.socket
     }
 
+    pub(super) fn token(&self) -> u64 {
+        self.0.token
+    }
+
     /// Starts or stops to wait for `flag`; a system call only when that changes something.
     pub(crate) fn want(&self, driver: &Driver, flag: EventFlags, on: bool) {
         let mut interest = lock(&self.0.interest);
@@ -152,6 +156,7 @@ impl Driver {
     pub(crate) fn remove(&self, registration: &Registration) {
         let source = lock(&self.sources).by_token.remove(&registration.0.token);
         drop(source);
+        lock(&self.strangers).leave(registration.0.token);
         // Already gone from the set when the endpoint never got into it.
         let _ = epoll::delete(&self.epoll, registration.socket());
     }
@@ -237,8 +242,8 @@ impl Driver {
                 // Its endpoint keeps time for it.
                 Source::Bulk(..) => None,
                 Source::Greeting(greeting) if greeting.deadline <= now => {
-                    let (what, timeout) = ("hello", self.config.connect_timeout);
-                    self.refuse(greeting, ProtocolError::Stalled { what, timeout });
+                    let (what, timeout) = (greeting.awaited(), self.config.connect_timeout);
+                    self.refuse(greeting, ProtocolError::Stalled { what, timeout }.into());
                     None
                 }
                 Source::Greeting(greeting) => Some(greeting.deadline),

@@ -14,9 +14,10 @@ use farcall_device::Tensor;
 use rustix::event::epoll::EventFlags;
 use socket2::Socket;
 
-use super::encode::{Outbound, encode_frame, greeting, payload};
+use super::encode::{Outbound, encode_frame, greeting, payload, read_greeting, write_greeting};
 use super::{Endpoint, Status, Tx, finish_connect, lock, lost};
-use crate::address::{Hello, Role};
+use crate::address::{Goodbye, Role};
+use crate::auth::Dialer;
 use crate::driver::{Registration, Turn};
 use crate::frame::{HEADER_BYTES, Header, Kind};
 use crate::receive::Chunk;
@@ -47,13 +48,17 @@ pub(super) enum BulkLink {
     /// Asked for then: the dialer of the control connection is to open it.
     Requested(Instant),
     Connecting(Registration, Instant),
+    /// Connected; the acceptor's challenge is to come. None of its bytes beyond the challenge are read before the proof.
+    Proving(Registration, Instant, Vec<u8>),
     Open(Registration),
 }
 
 pub(super) struct Bulk {
     pub(super) link: BulkLink,
     pub(super) key: u128,
-    /// Bytes that go before any chunk: the dialer's hello.
+    /// The dialer's side of the proof of the job's key, until it is given.
+    pub(super) proof: Option<Dialer>,
+    /// Bytes that go before any chunk: the dialer's hello, or its proof.
     pub(super) prefix: Vec<u8>,
     pub(super) queue: VecDeque<Outgoing>,
     pub(super) current: Option<(ChunkOut, Outgoing)>,
@@ -92,9 +97,8 @@ impl Endpoint {
     /// Opens the bulk connection. After a failure the caller closes the endpoint, once it has let go of its locks.
     pub(super) fn dial_bulk(self: &Arc<Self>, bulk: &mut Bulk) -> Result<(), CloseCause> {
         let Some(address) = self.dialed else { return Ok(()) };
-        let config = self.driver.config();
-        let hello = Hello::new(config, Role::Bulk { key: bulk.key });
-        bulk.prefix = greeting(Kind::Hello, &hello);
+        let (hello, proof) = self.hello(Role::Bulk { key: bulk.key })?;
+        (bulk.prefix, bulk.proof) = (greeting(Kind::Hello, &hello), proof);
         if self.cause.get().is_some() {
             return Ok(()); // closed meanwhile, and nobody would close this connection
         }
@@ -105,7 +109,7 @@ impl Endpoint {
         }
         let now = Instant::now();
         bulk.link = BulkLink::Connecting(registration, now);
-        self.driver.schedule(now + config.connect_timeout);
+        self.driver.schedule(now + self.driver.config().connect_timeout);
         Ok(())
     }
 
@@ -113,7 +117,7 @@ impl Endpoint {
     pub(crate) fn attach_bulk(self: &Arc<Self>, socket: Socket) -> Result<(), TransferError> {
         let registration = self.driver.register(socket);
         let mut bulk = lock(&self.bulk);
-        if matches!(bulk.link, BulkLink::Connecting(..) | BulkLink::Open(_)) || self.cause.get().is_some() {
+        if !matches!(bulk.link, BulkLink::None | BulkLink::Requested(_)) || self.cause.get().is_some() {
             // One bulk connection per endpoint; the second one's socket is dropped here.
             tracing::warn!(peer = ?self.peer_id(), "refused a second bulk connection");
             return Ok(());
@@ -199,11 +203,20 @@ impl Endpoint {
 
     fn bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) -> Result<(), CloseCause> {
         let mut bulk = lock(&self.bulk);
-        if let BulkLink::Connecting(link, _) = &bulk.link {
-            let link = link.clone();
+        if let BulkLink::Connecting(link, since) = &bulk.link {
+            let (link, since) = (link.clone(), *since);
             finish_connect(link.socket(), self.dialed)?;
-            bulk.link = BulkLink::Open(link.clone());
-            link.want(&self.driver, EventFlags::IN, true);
+            if bulk.proof.is_some() {
+                write_greeting(link.socket(), &std::mem::take(&mut bulk.prefix))?;
+                bulk.link = BulkLink::Proving(link.clone(), since, Vec::new());
+                link.set(&self.driver, EventFlags::IN);
+            } else {
+                bulk.link = BulkLink::Open(link.clone());
+                link.want(&self.driver, EventFlags::IN, true);
+            }
+        }
+        if matches!(bulk.link, BulkLink::Proving(..)) {
+            self.prove_bulk(&mut bulk)?;
         }
         if flags.contains(EventFlags::OUT) {
             self.write_bulk(&mut bulk)?;
@@ -221,6 +234,44 @@ impl Endpoint {
             }
         }
         Ok(())
+    }
+
+    /// Reads the acceptor's challenge; once it is there, answers it and opens the connection.
+    fn prove_bulk(&self, bulk: &mut Bulk) -> Result<(), CloseCause> {
+        let Bulk { link: BulkLink::Proving(link, _, bytes), proof, .. } = bulk else { return Ok(()) };
+        let limits = self.driver.config().limits.of_greeting();
+        loop {
+            let missing = match bytes.first_chunk() {
+                None => HEADER_BYTES - bytes.len(),
+                Some(head) => {
+                    let (header, kind) = Header::parse(head, &limits)?;
+                    if kind != Kind::Challenge && kind != Kind::Close {
+                        return Err(ProtocolError::Unexpected { kind, expected: "a challenge" }.into());
+                    }
+                    match HEADER_BYTES + header.body_len() - bytes.len() {
+                        0 if kind == Kind::Close => {
+                            let goodbye: Goodbye = read_greeting("goodbye", &bytes[HEADER_BYTES..])?;
+                            return Err(goodbye.cause(|| self.peer_text()));
+                        }
+                        0 => break,
+                        missing => missing,
+                    }
+                }
+            };
+            let start = bytes.len();
+            bytes.resize(start + missing, 0);
+            let read = tcp::recv_into(link.socket(), &mut bytes[start..]).map_err(lost)?;
+            bytes.truncate(start + if let Progress::Bytes(len) = read { len } else { 0 });
+            match read {
+                Progress::Bytes(_) => {}
+                Progress::WouldBlock => return Ok(()),
+                Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
+            }
+        }
+        let Some(mut proof) = proof.take() else { unreachable!("taken with the link's next state") };
+        bulk.prefix = greeting(Kind::Proof, &proof.on_challenge(&bytes[HEADER_BYTES..])?);
+        bulk.link = BulkLink::Open(link.clone());
+        self.write_bulk(bulk)
     }
 
     fn read_bulk(self: &Arc<Self>, link: &Registration, rx: &mut BulkRx, turn: &mut Turn) -> Result<(), CloseCause> {

@@ -119,14 +119,18 @@ pub(super) fn payload(tensor: &Tensor) -> Result<&[u8], DeviceError> {
     Ok(&tensor.storage().as_bytes()?[tensor.layout().byte_span()])
 }
 
-/// A frame whose metadata is `value`: hello, welcome or goodbye.
-pub(crate) fn greeting<T: serde::Serialize>(kind: Kind, value: &T) -> Vec<u8> {
-    let metadata = match postcard::to_stdvec(value) {
+/// Metadata of a greeting.
+pub(crate) fn encoded<T: serde::Serialize>(value: &T) -> Vec<u8> {
+    match postcard::to_stdvec(value) {
         Ok(metadata) => metadata,
         Err(error) => unreachable!("plain structs always encode: {error}"),
-    };
+    }
+}
+
+/// A frame of the greeting, or of the end: nothing but metadata.
+pub(crate) fn greeting(kind: Kind, metadata: &[u8]) -> Vec<u8> {
     let mut wire = Vec::new();
-    match encode_frame(&Outbound::new(kind, &metadata), 0, &mut 0, &mut wire) {
+    match encode_frame(&Outbound::new(kind, metadata), 0, &mut 0, &mut wire) {
         Ok(_) => wire,
         Err(error) => unreachable!("a frame without tensors encodes: {error}"),
     }

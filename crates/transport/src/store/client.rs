@@ -1,13 +1,16 @@
 //! A worker's side of the embedded store.
 
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::wire::{self, GREETING, Reply, Request, TooLarge, VERSION};
+use super::wire::{self, CHALLENGE, GREETING, Hello, Reply, Request, TooLarge, VERSION};
 use super::{Refusal, Store, StoreError};
+use crate::auth::{Dialer, Realm};
+use crate::key::fresh;
+use crate::{AuthError, JobKey, ProtocolError};
 
 /// How long past its due time an answer may come before the store counts as lost.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -37,11 +40,24 @@ impl EmbeddedStore {
     /// [`StoreError::Unreachable`] when nothing answered until `deadline`; what does answer and is no store of this
     /// version, or has no room, fails at once.
     pub fn connect(address: &str, identity: &str, deadline: Instant) -> Result<Self, StoreError> {
+        Self::connect_with(address, identity, None, deadline)
+    }
+
+    /// As [`EmbeddedStore::connect`], with the job's key: the store must have the same one, or neither may have any.
+    ///
+    /// # Errors
+    /// As [`EmbeddedStore::connect`]; [`StoreError::Unproven`] or a [`Refusal`] when the keys differ.
+    pub fn connect_with(
+        address: &str,
+        identity: &str,
+        key: Option<&JobKey>,
+        deadline: Instant,
+    ) -> Result<Self, StoreError> {
         let start = Instant::now();
         let mut pause = PAUSES.0;
         loop {
             let source = match dial(address, deadline) {
-                Ok(stream) => match greet(&stream, address, identity, deadline) {
+                Ok(stream) => match greet(&stream, address, identity, key, deadline) {
                     Ok(()) => return Ok(Self { address: address.to_owned(), stream: Mutex::new(Some(stream)) }),
                     // It is ending, or its host is not done starting: as good as refused.
                     Err(StoreError::Lost { source, .. }) => source,
@@ -64,6 +80,13 @@ impl EmbeddedStore {
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Which of this host's addresses the store is reached from; `None` once closed or lost.
+    #[must_use]
+    pub fn local_address(&self) -> Option<IpAddr> {
+        let address = self.stream().as_ref()?.local_addr();
+        address.ok().map(|address| address.ip())
     }
 
     /// One request and its reply, which must come within [`ANSWER`] beyond `wait`. `read` sees no refusals.
@@ -214,11 +237,18 @@ pub(super) fn is_itself(stream: &TcpStream, target: SocketAddr) -> bool {
 }
 
 /// Greets and reads the answer. [`StoreError::Lost`] means that another attempt may succeed.
-fn greet(stream: &TcpStream, address: &str, identity: &str, deadline: Instant) -> Result<(), StoreError> {
+fn greet(
+    stream: &TcpStream,
+    address: &str,
+    identity: &str,
+    key: Option<&JobKey>,
+    deadline: Instant,
+) -> Result<(), StoreError> {
     let address = || address.to_owned();
     let lost = |source| StoreError::Lost { address: address(), source };
-    let hello = [&GREETING[..], &wire::raw_frame(identity.as_bytes()).map_err(lost)?].concat();
-    wire::write(stream, &hello, deadline).map_err(lost)?;
+    let nonce = key.map(|_| fresh()).transpose().map_err(lost)?;
+    let hello = wire::frame(&Hello { identity, nonce }).map_err(lost)?;
+    wire::write(stream, &[&GREETING, &hello[..]].concat(), deadline).map_err(lost)?;
     let theirs: [u8; GREETING.len()] = wire::read_array(stream, deadline).map_err(lost)?;
     match theirs {
         GREETING => {}
@@ -227,7 +257,24 @@ fn greet(stream: &TcpStream, address: &str, identity: &str, deadline: Instant) -
         }
         _ => return Err(StoreError::NotAStore { address: address() }),
     }
-    match wire::decode(&wire::read_frame(stream, deadline).map_err(lost)?) {
+    let mut answer = wire::read_frame_of(stream, wire::HELLO_BYTES_MAX, deadline).map_err(lost)?;
+    if let Some(key) = key
+        && !matches!(wire::decode(&answer), Some(Reply::Refused(_)))
+    {
+        // Whoever goes on without a challenge has no key: nothing else that it says counts.
+        let mut dialer = Dialer::new(key, Realm::Store, &hello[4..], "it".to_owned());
+        let proof = match answer.split_first() {
+            Some((&CHALLENGE, challenge)) => dialer.on_challenge(challenge),
+            _ => Err(AuthError::NoKey { peer: "it".to_owned() }.into()),
+        };
+        let proof = proof.map_err(|error| match error {
+            ProtocolError::Auth(source) => StoreError::Unproven { address: address(), source },
+            _ => StoreError::NotAStore { address: address() },
+        })?;
+        wire::write(stream, &wire::raw_frame(&proof).map_err(lost)?, deadline).map_err(lost)?;
+        answer = wire::read_frame_of(stream, wire::HELLO_BYTES_MAX, deadline).map_err(lost)?;
+    }
+    match wire::decode(&answer) {
         Some(Reply::Done) => Ok(()),
         Some(Reply::Refused(refusal)) => Err(StoreError::Refused { address: address(), refusal }),
         _ => Err(StoreError::NotAStore { address: address() }),

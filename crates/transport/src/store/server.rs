@@ -17,8 +17,12 @@ use rustix::net::{SendFlags, send};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::table::{Table, WaitId, Waiting};
-use super::wire::{self, FRAME_BYTES_MAX, GREETING, Reply, Request, TooLarge};
+use super::wire::{self, CHALLENGE, FRAME_BYTES_MAX, GREETING, HELLO_BYTES_MAX, Hello, Reply, Request, TooLarge};
 use super::{Refusal, StoreError, StoreLimits};
+use crate::JobKey;
+use crate::auth::{Acceptor, Realm};
+use crate::key::fresh;
+use crate::strangers::Strangers;
 
 /// An idle connection whose host vanished without a word ends after this and nine probes, 2 s apart.
 const KEEPALIVE: TcpKeepalive =
@@ -45,30 +49,35 @@ impl StoreServer {
     /// # Errors
     /// [`StoreError::Bind`], and [`StoreError::NotLoopback`] for addresses that other hosts can reach.
     pub fn bind(address: &str) -> Result<Self, StoreError> {
-        Self::bind_with(address, StoreLimits::default())
+        Self::bind_with(address, StoreLimits::default(), None)
     }
 
-    /// Hosts a store with these limits. A message holds 4 MiB at most, whatever they say.
+    /// Hosts a store with these limits, for clients that prove `key`. A message holds 4 MiB at most, whatever the limits say.
     ///
     /// # Errors
-    /// As [`StoreServer::bind`].
-    pub fn bind_with(address: &str, limits: StoreLimits) -> Result<Self, StoreError> {
+    /// [`StoreError::Bind`], and [`StoreError::NotLoopback`] for addresses that other hosts can reach when there is no key.
+    pub fn bind_with(address: &str, limits: StoreLimits, key: Option<JobKey>) -> Result<Self, StoreError> {
         let failed = |source| StoreError::Bind { address: address.to_owned(), source };
-        // PEERS: who is asked to listen to other hosts must be able to tell them apart, and a store cannot yet.
-        if let Some(open) = address.to_socket_addrs().map_err(failed)?.find(|address| !address.ip().is_loopback()) {
+        // PEERS: who listens to other hosts must be able to tell who belongs to the job.
+        let open = address.to_socket_addrs().map_err(failed)?.find(|address| !address.ip().is_loopback());
+        if let (Some(open), None) = (open, &key) {
             return Err(StoreError::NotLoopback { address: open.to_string() });
         }
-        Self::start(address, limits).map_err(failed)
+        Self::start(address, limits, key).map_err(failed)
     }
 
-    fn start(address: &str, limits: StoreLimits) -> io::Result<Self> {
+    fn start(address: &str, limits: StoreLimits, key: Option<JobKey>) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         // A client may be gone again between `poll` and `accept`, which must then not block.
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let (waker, woken) = UnixStream::pair()?;
-        let shared =
-            Arc::new(Shared { limits, table: Mutex::new(Table::new(limits)), clients: Mutex::new(Clients::default()) });
+        let shared = Arc::new(Shared {
+            limits,
+            key,
+            table: Mutex::new(Table::new(limits)),
+            clients: Mutex::new(Clients::new(&limits)),
+        });
         let acceptor = thread::Builder::new().name("farcall-store".into()).spawn({
             let shared = Arc::clone(&shared);
             move || accept_all(&shared, &listener, &woken)
@@ -122,17 +131,27 @@ impl Drop for StoreServer {
 #[derive(Debug)]
 struct Shared {
     limits: StoreLimits,
+    key: Option<JobKey>,
     table: Mutex<Table<Arc<TcpStream>>>,
     clients: Mutex<Clients>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Clients {
     running: HashMap<u64, Client>,
+    /// Those of them that are still greeting.
+    greeting: Strangers,
     /// Threads that are about to return; joined when the next client comes.
     ended: Vec<JoinHandle<()>>,
     next_id: u64,
     stopping: bool,
+}
+
+impl Clients {
+    fn new(limits: &StoreLimits) -> Self {
+        let greeting = Strangers::new(limits.greetings.min(limits.connections / 2).max(1));
+        Self { running: HashMap::new(), greeting, ended: Vec::new(), next_id: 0, stopping: false }
+    }
 }
 
 #[derive(Debug)]
@@ -164,12 +183,18 @@ impl Shared {
         }
         let id = clients.next_id;
         clients.next_id += 1;
+        let from = stream.peer_addr().ok().map(|address| address.ip());
+        let displaced = clients.greeting.enter(id, from);
+        if let Some(client) = displaced.and_then(|id| clients.running.get(&id)) {
+            shut_down(&client.stream);
+        }
         let spawned = thread::Builder::new().name(format!("farcall-store-{id}")).spawn({
             let (shared, stream) = (Arc::clone(self), Arc::clone(stream));
             move || {
-                serve(&shared, &stream);
+                serve(&shared, &stream, id);
                 // The lock is free only once the thread is in the list, so it is found.
                 let mut clients = shared.clients();
+                clients.greeting.leave(id);
                 if let Some(client) = clients.running.remove(&id) {
                     clients.ended.push(client.thread);
                 }
@@ -181,6 +206,7 @@ impl Shared {
                 Ok(())
             }
             Err(error) => {
+                clients.greeting.leave(id);
                 tracing::warn!(%error, clients = clients.running.len(), "no thread for another client of the store");
                 Err(Refusal::Connections { limit: clients.running.len() as u64 })
             }
@@ -221,7 +247,7 @@ fn accept_all(shared: &Arc<Shared>, listener: &TcpListener, woken: &UnixStream) 
             Ok((stream, _)) => {
                 let stream = Arc::new(stream);
                 if let Err(refusal) = prepare(&stream).map_or(Ok(()), |()| shared.take(&stream)) {
-                    answer_greeting(&stream, &Reply::Refused(refusal), shared.limits.frame);
+                    answer_greeting(&stream, false, &Reply::Refused(refusal), shared.limits.frame);
                     // Closed at once, its unread greeting would turn into a reset that overtakes the answer.
                     refused.push_back(stream);
                     if refused.len() > REFUSED_KEPT {
@@ -246,20 +272,22 @@ fn prepare(stream: &TcpStream) -> Option<()> {
 }
 
 /// One client, from its greeting to its end.
-fn serve(shared: &Shared, stream: &Arc<TcpStream>) {
+fn serve(shared: &Shared, stream: &Arc<TcpStream>, id: u64) {
     let limits = shared.limits;
-    let identity = match greet(shared, stream) {
+    let mut greeted = false;
+    let identity = match greet(shared, stream, &mut greeted) {
         Ok(identity) => identity,
         Err(refusal) => {
             tracing::debug!(peer = ?stream.peer_addr(), ?refusal, "the store refused a client");
             if let Some(refusal) = refusal {
-                answer_greeting(stream, &Reply::Refused(refusal), limits.frame);
+                answer_greeting(stream, greeted, &Reply::Refused(refusal), limits.frame);
                 linger(stream);
             }
             return shut_down(stream);
         }
     };
-    answer_greeting(stream, &Reply::Done, limits.frame);
+    shared.clients().greeting.leave(id);
+    answer_greeting(stream, greeted, &Reply::Done, limits.frame);
     let end = converse(shared, stream);
     if let End::Refused(refusal) = &end {
         tracing::warn!(identity, %refusal, "the store ended a client");
@@ -274,19 +302,38 @@ fn serve(shared: &Shared, stream: &Arc<TcpStream>) {
     shared.tell(woken);
 }
 
-/// Reads the greeting and enters the client. `Err(None)` when it is gone.
-fn greet(shared: &Shared, stream: &TcpStream) -> Result<String, Option<Refusal>> {
+/// Reads the greeting, lets the client prove the job's key, and enters it. `Err(None)` when it is gone; `greeted` once it
+/// has this side's greeting.
+fn greet(shared: &Shared, stream: &TcpStream, greeted: &mut bool) -> Result<String, Option<Refusal>> {
     let hello = shared.limits.hello;
     let deadline = Instant::now() + hello;
     let greeting: [u8; GREETING.len()] =
-        wire::read_array(stream, deadline).map_err(|error| refusal_of(&error, hello))?;
+        wire::read_array(stream, deadline).map_err(|error| refusal_of(&error, hello, HELLO_BYTES_MAX))?;
     if greeting != GREETING {
         return Err(Some(Refusal::Greeting));
     }
-    let identity = wire::read_frame(stream, deadline).map_err(|error| refusal_of(&error, hello))?;
-    let identity = String::from_utf8(identity).map_err(|_| Some(Refusal::Malformed))?;
-    shared.table().enter(&identity)?;
-    Ok(identity)
+    let read = || wire::read_frame_of(stream, HELLO_BYTES_MAX, deadline);
+    let message = read().map_err(|error| refusal_of(&error, hello, HELLO_BYTES_MAX))?;
+    let Hello { identity, nonce } = wire::decode(&message).ok_or(Some(Refusal::Malformed))?;
+    match (&shared.key, nonce) {
+        (None, None) => {}
+        (Some(_), None) => return Err(Some(Refusal::KeyWanted)),
+        (None, Some(_)) => return Err(Some(Refusal::NoKey)),
+        (Some(key), Some(_)) => {
+            let nonce = fresh().map_err(|_| None)?;
+            let (mut acceptor, challenge) = Acceptor::new(key, Realm::Store, &message, &nonce, identity.to_owned());
+            let challenge = wire::raw_frame(&[&[CHALLENGE], &challenge[..]].concat()).map_err(|_| None)?;
+            wire::write(stream, &[&GREETING, &challenge[..]].concat(), deadline).map_err(|_| None)?;
+            *greeted = true;
+            let proof = read().map_err(|error| refusal_of(&error, hello, HELLO_BYTES_MAX))?;
+            acceptor.on_proof(&proof).map_err(|error| {
+                tracing::debug!(%error, "the store refused a client");
+                Some(Refusal::WrongKey)
+            })?;
+        }
+    }
+    shared.table().enter(identity)?;
+    Ok(identity.to_owned())
 }
 
 /// How a conversation ended.
@@ -323,7 +370,7 @@ fn converse(shared: &Shared, stream: &Arc<TcpStream>) -> End {
         }
         let bytes = match wire::read_frame(stream, Instant::now() + limits.frame) {
             Ok(bytes) => bytes,
-            Err(error) => return refusal_of(&error, limits.frame).map_or(End::Lost, End::Refused),
+            Err(error) => return refusal_of(&error, limits.frame, FRAME_BYTES_MAX).map_or(End::Lost, End::Refused),
         };
         let Some(request) = wire::decode(&bytes) else { return End::Refused(Refusal::Malformed) };
         let left = matches!(request, Request::Leave);
@@ -402,18 +449,19 @@ fn values_in_a_frame(table: &Table<Arc<TcpStream>>, keys: &[&str]) -> Vec<Option
 }
 
 /// What to tell a client whose message could not be read; `None` when no one is there to be told.
-fn refusal_of(error: &io::Error, limit: Duration) -> Option<Refusal> {
+fn refusal_of(error: &io::Error, limit: Duration, bytes_max: usize) -> Option<Refusal> {
     match (TooLarge::bytes(error), error.kind()) {
-        (Some(bytes), _) => Some(Refusal::Message { bytes, limit_bytes: FRAME_BYTES_MAX as u64 }),
+        (Some(bytes), _) => Some(Refusal::Message { bytes, limit_bytes: bytes_max as u64 }),
         (None, io::ErrorKind::TimedOut) => Some(Refusal::Slow { limit_ms: limit.as_millis() as u64 }),
         _ => None,
     }
 }
 
-/// Answers a greeting. A failure shows in whatever comes next.
-fn answer_greeting(stream: &TcpStream, answer: &Reply<'_>, limit: Duration) {
-    let sent = wire::frame(answer)
-        .and_then(|frame| wire::write(stream, &[&GREETING, &frame[..]].concat(), Instant::now() + limit));
+/// Answers a greeting, with this side's own unless the client has it. A failure shows in whatever comes next.
+fn answer_greeting(stream: &TcpStream, greeted: bool, answer: &Reply<'_>, limit: Duration) {
+    let own: &[u8] = if greeted { &[] } else { &GREETING };
+    let sent =
+        wire::frame(answer).and_then(|frame| wire::write(stream, &[own, &frame].concat(), Instant::now() + limit));
     if let Err(error) = sent {
         tracing::debug!(%error, "a client of the store did not take its answer");
     }

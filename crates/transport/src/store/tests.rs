@@ -38,10 +38,15 @@ fn stranger(server: &StoreServer) -> TcpStream {
     stream
 }
 
+/// A client's hello, framed.
+fn hello(identity: &str, nonce: Option<[u8; 32]>) -> Vec<u8> {
+    wire::frame(&wire::Hello { identity, nonce }).unwrap()
+}
+
 /// A stranger that greeted properly and was let in.
 fn greeted(server: &StoreServer, identity: &str) -> TcpStream {
     let mut stream = stranger(server);
-    stream.write_all(&[&GREETING[..], &wire::raw_frame(identity.as_bytes()).unwrap()].concat()).unwrap();
+    stream.write_all(&[&GREETING[..], &hello(identity, None)].concat()).unwrap();
     assert_eq!(wire::read_array(&stream, soon()).unwrap(), GREETING);
     assert_eq!(wire::read_frame(&stream, soon()).unwrap(), wire::DONE_FRAME[4..]);
     stream
@@ -273,7 +278,7 @@ fn the_end_of_the_server_is_seen_by_its_clients() {
 #[test]
 fn a_drop_ends_all_threads_in_bounded_time() {
     let limits = StoreLimits { hello: LONG * 10, frame: LONG * 10, ..StoreLimits::default() };
-    let server = StoreServer::bind_with("127.0.0.1:0", limits).unwrap();
+    let server = StoreServer::bind_with("127.0.0.1:0", limits, None).unwrap();
     let _idle = client(&server, "idle");
     let mut waiting = greeted(&server, "waiting");
     let forever = Request::Wait { groups: vec![vec!["never"]], timeout_ms: 600_000 };
@@ -330,7 +335,7 @@ fn a_client_tells_other_servers_apart() {
 #[test]
 fn a_greeting_that_does_not_end_is_cut_off() {
     let limits = StoreLimits { hello: Duration::from_millis(250), ..StoreLimits::default() };
-    let server = StoreServer::bind_with("127.0.0.1:0", limits).unwrap();
+    let server = StoreServer::bind_with("127.0.0.1:0", limits, None).unwrap();
     for half in [&GREETING[..5], &[&GREETING[..], &[9, 0, 0, 0, b'r']].concat()] {
         let mut slow = stranger(&server);
         slow.write_all(half).unwrap();
@@ -343,7 +348,7 @@ fn a_greeting_that_does_not_end_is_cut_off() {
 #[test]
 fn a_request_that_does_not_end_is_cut_off() {
     let limits = StoreLimits { frame: Duration::from_millis(250), ..StoreLimits::default() };
-    let server = StoreServer::bind_with("127.0.0.1:0", limits).unwrap();
+    let server = StoreServer::bind_with("127.0.0.1:0", limits, None).unwrap();
     let slow = greeted(&server, "slow");
     let start = Instant::now();
     thread::scope(|scope| {
@@ -369,6 +374,7 @@ fn messages_that_make_no_sense_end_the_conversation() {
 
     let mut identity = stranger(&server);
     identity.write_all(&[&GREETING[..], &[0xff; 4]].concat()).unwrap();
+    let limit_bytes = wire::HELLO_BYTES_MAX as u64;
     assert_eq!(refused_greeting(identity), Refusal::Message { bytes: u32::MAX.into(), limit_bytes });
 
     for garbage in [&[0xff; 12][..], &[], &[3, 0xff, 0xff, 0xff, 0xff, 0x0f]] {
@@ -391,7 +397,7 @@ fn messages_that_make_no_sense_end_the_conversation() {
 #[test]
 fn what_exceeds_a_limit_is_refused_and_the_conversation_goes_on() {
     let limits = StoreLimits { total_bytes: 3 << 20, wait: Duration::from_secs(60), ..StoreLimits::default() };
-    let server = StoreServer::bind_with("127.0.0.1:0", limits).unwrap();
+    let server = StoreServer::bind_with("127.0.0.1:0", limits, None).unwrap();
     let store = client(&server, "a");
     let mib = vec![0; 1 << 20];
     assert_eq!(
@@ -418,7 +424,7 @@ fn what_exceeds_a_limit_is_refused_and_the_conversation_goes_on() {
 #[test]
 fn one_client_too_many_is_refused_until_another_ends() {
     let limits = StoreLimits { connections: 2, ..StoreLimits::default() };
-    let server = StoreServer::bind_with("127.0.0.1:0", limits).unwrap();
+    let server = StoreServer::bind_with("127.0.0.1:0", limits, None).unwrap();
     let (first, second) = (client(&server, "1"), client(&server, "2"));
     let address = server.address().to_string();
     for _ in 0..40 {

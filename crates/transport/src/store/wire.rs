@@ -1,8 +1,10 @@
 //! The bytes between a store's client and its server.
 //!
 //! ```text
-//! client → server   GREETING (8 bytes: "FCSTORE", version), then a frame with the identity (UTF-8)
-//! server → client   GREETING, then a frame with Reply::Done or Reply::Refused
+//! client → server   GREETING (8 bytes: "FCSTORE", version), then a frame with a Hello
+//! server → client   GREETING, then, with a job key, a frame with a challenge (see `auth`)
+//! client → server   with a job key, a frame with the proof
+//! server → client   a frame with Reply::Done or Reply::Refused, which may come in place of the challenge, too
 //! then, in turns    a frame with a Request, a frame with its Reply
 //! frame             u32 little-endian length, that many bytes of postcard
 //! ```
@@ -16,13 +18,27 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::Refusal;
+use crate::key::Nonce;
 
 /// Bumped whenever the messages below change: they are not self-describing.
-pub(super) const VERSION: u8 = 1;
+pub(super) const VERSION: u8 = 2;
 pub(super) const GREETING: [u8; 8] = [b'F', b'C', b'S', b'T', b'O', b'R', b'E', VERSION];
 
 /// The largest frame either side accepts: a value with its key, or the keys of a large wait.
 pub(super) const FRAME_BYTES_MAX: usize = 4 << 20;
+
+/// The largest frame of a greeting. An identity's limit is a key's.
+pub(super) const HELLO_BYTES_MAX: usize = 16 << 10;
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Hello<'a> {
+    pub(super) identity: &'a str,
+    /// Fresh; present when the client has a job key.
+    pub(super) nonce: Option<Nonce>,
+}
+
+/// What a server says first: its frame's payload has a first byte that a [`Reply`] cannot have, as it has fewer variants.
+pub(super) const CHALLENGE: u8 = 0xff;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Request<'a> {
@@ -93,7 +109,7 @@ pub(super) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
 
 /// The error inside an [`io::Error`] for a frame beyond [`FRAME_BYTES_MAX`].
 #[derive(Debug, thiserror::Error)]
-#[error("a message of {0} bytes, the limit is {FRAME_BYTES_MAX}")]
+#[error("a message of {0} bytes is beyond the limit")]
 pub(super) struct TooLarge(u64);
 
 impl TooLarge {
@@ -115,8 +131,13 @@ pub(super) fn read_array<const N: usize>(stream: &TcpStream, deadline: Instant) 
 
 /// Reads one frame's payload until `deadline`.
 pub(super) fn read_frame(stream: &TcpStream, deadline: Instant) -> io::Result<Vec<u8>> {
+    read_frame_of(stream, FRAME_BYTES_MAX, deadline)
+}
+
+/// The same for a frame of at most `bytes_max`.
+pub(super) fn read_frame_of(stream: &TcpStream, bytes_max: usize, deadline: Instant) -> io::Result<Vec<u8>> {
     let len = u32::from_le_bytes(read_array(stream, deadline)?) as usize;
-    if len > FRAME_BYTES_MAX {
+    if len > bytes_max {
         return Err(io::Error::new(io::ErrorKind::InvalidData, TooLarge(len as u64)));
     }
     const STEP_BYTES: usize = 64 << 10;
