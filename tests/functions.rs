@@ -100,6 +100,22 @@ pub(crate) fn hold(key: String) -> bool {
     gate(&key).pass()
 }
 
+/// Computes for so many milliseconds.
+#[farcall::function(name = "test::spin")]
+pub(crate) fn spin(millis: u64) -> bool {
+    let until = std::time::Instant::now() + Duration::from_millis(millis);
+    while std::time::Instant::now() < until {
+        std::hint::spin_loop();
+    }
+    true
+}
+
+/// As `spin`, though `inline` promises to be short.
+#[farcall::function(name = "test::spin_inline", inline)]
+pub(crate) fn spin_inline(millis: u64) -> bool {
+    spin::run(millis)
+}
+
 /// As `hold`, holding no thread.
 #[farcall::function(name = "test::hold_async")]
 pub(crate) async fn hold_async(key: String, x: i64) -> i64 {

@@ -18,6 +18,7 @@ pub(crate) const ERROR: u8 = 6;
 pub(crate) const CLOSE: u8 = 8;
 pub(crate) const OPEN_BULK: u8 = 9;
 pub(crate) const CHUNK: u8 = 10;
+pub(crate) const PING: u8 = 11;
 
 // Where header fields are.
 pub(crate) const AT_VERSION: usize = 4;
@@ -267,8 +268,19 @@ impl RawPeer {
         let _ = self.stream.shutdown(Shutdown::Write);
     }
 
-    /// The next frame, or `None` once the connection ended.
+    /// The next frame, or `None` once the connection ended. Pings are answered meanwhile: whoever listens lives.
     pub(crate) fn receive(&mut self) -> Option<Arrived> {
+        loop {
+            let frame = self.receive_any()?;
+            if frame.kind != PING {
+                return Some(frame);
+            }
+            // Whoever closes meanwhile says so in the frames that follow.
+            self.try_send(&Frame::new(PING).bytes());
+        }
+    }
+
+    fn receive_any(&mut self) -> Option<Arrived> {
         let mut head = [0; 64];
         match self.stream.read_exact(&mut head) {
             Ok(()) => {}

@@ -7,7 +7,7 @@ use farcall::prelude::*;
 use farcall::{CloseCause, Stage};
 use rustix::process::Signal;
 
-use crate::functions::{add, arrived, hash, hold, hold_there, open, pattern, pattern_there, quit};
+use crate::functions::{add, arrived, hash, hold, hold_there, open, pattern, pattern_there, quit, spin, spin_inline};
 use crate::harness::{block_on, bounded, eventually, step, unique};
 
 use super::spawn::Processes;
@@ -170,18 +170,52 @@ fn a_worker_that_exits_without_a_word_is_a_lost_one() {
     });
 }
 
-/// A stopped worker keeps its connection; the calls to it end with their deadlines, and it is served when it goes on.
+/// A stopped process keeps its connections, and says nothing: that is how it is known. It is served again when it goes on.
 #[test]
-fn a_stopped_worker_fails_calls_by_their_deadlines_only() {
+fn a_stopped_worker_is_lost_within_two_seconds_until_it_goes_on() {
     bounded(|| {
         let (processes, agent) = Processes::serving(2);
-        assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 lives"), 5);
+        let key = unique("stopped");
+        let w1 = agent.to("w1");
+        let waiting = w1.call(hold, (&key,));
+        let awaited = w1.call(hold, (&key,)).into_future();
+        assert!(w1.call(arrived, (&key, 2)).wait().expect("w1 lives"));
+        let stopped = Instant::now();
         processes.worker(1).stop();
-        let error = agent.to("w1").deadline(Duration::from_millis(200)).call(add, (2, 3)).wait();
-        assert!(matches!(error, Err(CallError::Deadline { .. } | CallError::PeerLost { .. })), "{error:?}");
+        let error = w1.deadline(Duration::from_millis(200)).call(add, (2, 3)).wait();
+        assert!(matches!(error, Err(CallError::Deadline { .. })), "{error:?}");
+        let waiter = std::thread::spawn(move || waiting.wait());
+        for outcome in [block_on(awaited), waiter.join().expect("no panic")] {
+            let error = assert_lost(outcome, "test::hold", Stage::Waiting);
+            let CallError::PeerLost { cause, .. } = &error else { unreachable!("checked above") };
+            assert!(matches!(**cause, CloseCause::Silent { .. }), "{cause}");
+        }
+        println!("a stop was told within {:?}", stopped.elapsed());
+        assert!(stopped.elapsed() < TOLD_WITHIN, "{:?}", stopped.elapsed());
+
+        step("a call to the stopped worker");
+        let called = Instant::now();
+        let error = assert_lost(w1.call(add, (2, 3)).wait(), "test::add", Stage::Connecting);
+        println!("{error}, within {:?}", called.elapsed());
+        assert!(called.elapsed() < TOLD_WITHIN, "{:?}", called.elapsed());
         assert_eq!(agent.to("w2").call(add, (2, 3)).wait().expect("w2 lives"), 5);
         processes.worker(1).signal(Signal::CONT);
-        assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 goes on"), 5);
+        assert_eq!(w1.call(add, (2, 3)).wait().expect("w1 goes on"), 5);
+        w1.call(open, (&key,)).wait().expect("w1 goes on");
+        processes.shutdown(&agent);
+    });
+}
+
+/// Heartbeats depend on no handler: not on one that computes, nor on one that computes where frames are read.
+#[test]
+fn a_worker_that_computes_for_longer_than_the_timeout_lives() {
+    bounded(|| {
+        let (processes, agent) = Processes::serving(2);
+        let spinning = agent.to("w1").call(spin, (2500,));
+        let spinning_inline = agent.to("w2").call(spin_inline, (2500,));
+        assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 lives"), 5);
+        assert!(spinning.wait().expect("w1 lives"));
+        assert!(spinning_inline.wait().expect("w2 lives"));
         processes.shutdown(&agent);
     });
 }

@@ -56,6 +56,11 @@ pub struct Options {
     pub deadline: Duration,
     /// How long joining may take. Default 60 s.
     pub join_timeout: Duration,
+    /// How long a connection to another worker may take, its welcome included. Default 1.9 s.
+    pub connect_timeout: Duration,
+    /// How long another worker may be silent until it counts as lost; pings are sent four times as often. The same on all
+    /// workers. Default 1.6 s.
+    pub peer_timeout: Duration,
     /// How long [`Agent::shutdown`] waits for calls in flight and for the others. Default 60 s.
     pub shutdown_timeout: Duration,
     /// The functions served. Default: all that are linked in.
@@ -86,6 +91,8 @@ impl Options {
             key: None,
             deadline: Duration::from_secs(60),
             join_timeout: Duration::from_secs(60),
+            connect_timeout: Duration::from_millis(1900),
+            peer_timeout: Duration::from_millis(1600),
             shutdown_timeout: Duration::from_secs(60),
             registry: None,
             runtime: None,
@@ -259,7 +266,8 @@ impl Agent {
             group: options.group.clone(),
             limits: options.limits.clone(),
             runtime: options.device_runtime.clone().unwrap_or_else(|| Runtime::global().clone()),
-            connect_timeout: Duration::from_secs(5),
+            connect_timeout: options.connect_timeout,
+            peer_timeout: options.peer_timeout,
             threads_max: 1024,
             key: options.key.clone(),
             advertise,

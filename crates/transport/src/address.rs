@@ -150,6 +150,10 @@ impl Goodbye {
             CloseCause::LocalShutdown => (Reason::Shutdown, cause.to_string()),
             CloseCause::Protocol(error) => (Reason::Refused, error.to_string()),
             CloseCause::Device(error) => (Reason::Refused, error.to_string()),
+            // For a process that was stopped and goes on.
+            CloseCause::Silent { silent } => {
+                (Reason::Refused, format!("nothing was heard from this worker for {silent:?}, so it counted as lost"))
+            }
             // To each side its own words; these would name the receiver to itself.
             CloseCause::Auth(error) => (error.reason(), String::new()),
             _ => return None,

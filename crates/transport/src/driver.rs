@@ -7,7 +7,8 @@
 //! does not delay others, and heartbeats and replies depend on no handler.
 //! (A timer armed for each job would bound this more tightly, but costs 10 µs on a virtual machine.)
 //! Invariant D1: see `endpoint`. Invariant D2: a thread in a job leads for at most two [`WATCH_TICK`]s.
-//! Invariant BOUNDED: dialing, greeting and draining have deadlines, checked by the leader.
+//! Invariant BOUNDED: dialing, greeting and draining have deadlines, checked by the leader. Heartbeats are sent, and missed, by
+//! the watchdog's thread, whatever the leader does.
 
 mod accept;
 mod job;
@@ -17,7 +18,7 @@ mod sources;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, Shutdown};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ use rustix::io::Errno;
 use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 
 pub use job::{Job, JobCost, Turn};
+pub(crate) use pool::BEATS_MISSED;
 use pool::{Pool, WATCH_TICK};
 pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
@@ -78,8 +80,11 @@ pub struct DriverConfig {
     pub limits: Limits,
     /// Where received tensors live.
     pub runtime: Runtime,
-    /// From the first packet to the welcome. Default 5 s.
+    /// From the first packet to the welcome.
     pub connect_timeout: Duration,
+    /// How long a peer may be silent, at most, until it counts as lost. It is sent a ping four times as often, and must do the
+    /// same: both sides of a connection should agree.
+    pub peer_timeout: Duration,
     /// Threads at most, handlers that block included. Default 1,024.
     pub threads_max: usize,
     /// Every connection must prove it, in both directions. Without one, only loopback is listened on.
@@ -118,6 +123,10 @@ pub struct Driver {
     jobs_begun: AtomicU64,
     /// The watchdog ticks.
     watching: AtomicBool,
+    /// Heartbeats so far: the clock that silence is measured by. It stands still while this process does.
+    beats: AtomicU32,
+    /// There may be somebody to send heartbeats to.
+    beating: AtomicBool,
     started: Instant,
     /// Microseconds after `started` at which deadlines must be looked at.
     next_timer_us: AtomicU64,
@@ -177,6 +186,8 @@ impl Driver {
             busy_term: AtomicU64::new(0),
             jobs_begun: AtomicU64::new(0),
             watching: AtomicBool::new(false),
+            beats: AtomicU32::new(0),
+            beating: AtomicBool::new(false),
             started: Instant::now(),
             next_timer_us: AtomicU64::new(u64::MAX),
             sleeping_until_us: AtomicU64::new(0),
@@ -282,6 +293,11 @@ impl Driver {
         if when_us < self.sleeping_until_us.load(Ordering::SeqCst) {
             self.wake_leader();
         }
+    }
+
+    /// The number of the last heartbeat.
+    pub(crate) fn beats(&self) -> u32 {
+        self.beats.load(Ordering::Relaxed)
     }
 
     fn micros(&self, when: Instant) -> u64 {

@@ -8,6 +8,8 @@
 //! Invariant E1: `close` runs once; every waiter hears of it through [`Peer::on_closed`].
 //! Invariant R1: payload above the inline limit travels on the bulk connection, in chunks taken from its transfers in
 //! turn; control frames never wait for it.
+//! Invariant BOUNDED: each side sends a ping with every heartbeat of its own, whatever else it does or computes; a peer of which
+//! nothing was heard for four of them, on either connection, is lost.
 //! Lock order: `rx` → (`transfers`, `bulk_rx`) and `tx` → `bulk`; `interest` is innermost.
 
 mod bulk;
@@ -17,7 +19,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,9 +33,9 @@ pub(crate) use encode::{encode_frame, encoded, greeting, read_greeting, write_gr
 
 use crate::address::{Goodbye, Hello, Role, Welcome};
 use crate::auth::{Acceptor, Dialer};
-use crate::driver::{Driver, Peer, Registration, Turn};
+use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
-use crate::frame::{FEATURES, HEADER_BYTES, Kind, VERSION};
+use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
 use crate::receive::{Received, Receiver, Transfers};
 use crate::tcp::{self, Progress, Wait};
 use crate::{CloseCause, Frame, ProtocolError, TransferError, WorkerId, WorkerInfo};
@@ -76,6 +78,8 @@ pub struct Endpoint {
     bulk_rx: Mutex<BulkRx>,
     transfers: Mutex<Transfers>,
     bulk_stalled: AtomicBool,
+    /// The last heartbeat of this side before bytes of the peer came.
+    heard: AtomicU32,
     opened_at: Instant,
     remote: OnceLock<WorkerInfo>,
     peer: OnceLock<Arc<dyn Peer>>,
@@ -159,6 +163,7 @@ impl Endpoint {
             bulk_rx: Mutex::new(BulkRx { head: [0; HEADER_BYTES], head_len: 0, chunk: None, stalled: None }),
             transfers: Mutex::default(),
             bulk_stalled: AtomicBool::new(false),
+            heard: AtomicU32::new(driver.beats()),
             opened_at: Instant::now(),
             remote: OnceLock::new(),
             peer: OnceLock::new(),
@@ -400,7 +405,7 @@ impl Endpoint {
                     missing_bytes => ProtocolError::TruncatedFrame { missing_bytes }.into(),
                 });
             }
-            Progress::Bytes(_) => {}
+            Progress::Bytes(_) => self.hear(),
         }
         let mut input = &bytes[..];
         while let Some(received) = rx.feed(&mut input)? {
@@ -427,6 +432,7 @@ impl Endpoint {
             }
             Kind::Challenge if status == Status::Greeting => self.on_challenge(&frame.metadata)?,
             Kind::Welcome if status == Status::Greeting => self.on_welcome(&frame)?,
+            Kind::Ping if status == Status::Open => {}
             Kind::OpenBulk if status == Status::Open && self.dialed.is_some() => {
                 let mut bulk = lock(&self.bulk);
                 if matches!(bulk.link, BulkLink::None) {
@@ -528,6 +534,36 @@ impl Endpoint {
     }
 
     // ---- time and the end ----
+
+    /// The peer lives.
+    fn hear(&self) {
+        self.heard.store(self.driver.beats(), Ordering::Relaxed);
+    }
+
+    /// Sends a ping, and closes the endpoint if the peer has missed too many. Called by the watchdog's thread.
+    pub(crate) fn on_beat(self: &Arc<Self>, beat: u32) {
+        // Before that, the connect timeout is what counts.
+        if self.status() != Status::Open {
+            return;
+        }
+        if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
+            // Who is not read, because a handler holds the reader up, is not silent.
+            if !self.poll_readable(Duration::ZERO).unwrap_or(true) {
+                return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
+            }
+            self.hear();
+        }
+        let Ok(mut tx) = self.tx.try_lock() else { return };
+        // Bytes that wait to leave will say the same.
+        if tx.wire.is_empty() && self.cause.get().is_none() {
+            tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
+            let written = self.write_control(&mut tx);
+            drop(tx);
+            if let Err(error) = written {
+                self.close(lost(error));
+            }
+        }
+    }
 
     /// Closes what took too long, lets the peer check its deadlines; gives the next time to look.
     pub(crate) fn on_timer(self: &Arc<Self>, now: Instant) -> Option<Instant> {

@@ -125,6 +125,9 @@ pub enum CloseCause {
     /// The peer's process or connection is gone, without a word.
     #[error("the peer's connection ended without a goodbye: its process died or was cut off")]
     PeerLost { source: Option<Arc<io::Error>> },
+    /// Not a byte from the peer for so long, though a living one sends some all the time.
+    #[error("nothing was heard from the peer for {silent:?}: it is stopped, starved of processors or cut off")]
+    Silent { silent: Duration },
     /// The peer said goodbye: it shuts down.
     #[error("the peer shut down: {text}")]
     PeerShutdown { text: String },

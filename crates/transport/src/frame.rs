@@ -58,6 +58,8 @@ pub enum Kind {
     OpenBulk = 9,
     /// Bytes of one transfer, on a bulk connection only.
     Chunk = 10,
+    /// Says nothing but that its sender lives; see [`Endpoint`](crate::Endpoint).
+    Ping = 11,
     /// The acceptor's answer to a [`Kind::Hello`] when there is a job key; see `auth`.
     Challenge = 20,
     /// The dialer's answer to a [`Kind::Challenge`].
@@ -68,7 +70,7 @@ impl Kind {
     /// The kind with this wire code.
     pub fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        [Hello, Welcome, Function, Request, Reply, Error, Close, OpenBulk, Chunk, Challenge, Proof]
+        [Hello, Welcome, Function, Request, Reply, Error, Close, OpenBulk, Chunk, Ping, Challenge, Proof]
             .into_iter()
             .find(|kind| *kind as u8 == code)
     }

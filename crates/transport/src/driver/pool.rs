@@ -5,13 +5,13 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
-use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 use rustix::time::{Itimerspec, TimerfdTimerFlags, timerfd_settime};
 
@@ -19,6 +19,8 @@ use super::job::{Job, Turn};
 use super::{Driver, EVENTS, LISTENER, WAKE};
 use crate::endpoint::lock;
 
+/// Heartbeats that may be missed in a row: the next one ends the connection.
+pub(crate) const BEATS_MISSED: u32 = 4;
 /// How often the watchdog looks at a leader that runs jobs.
 pub(super) const WATCH_TICK: Duration = Duration::from_millis(1);
 /// Ticks without a job after which the watchdog sleeps.
@@ -245,21 +247,32 @@ impl Driver {
         }
     }
 
-    /// The watchdog's thread: takes the leading role from a thread whose job has lasted a tick.
+    /// The watchdog's thread: takes the leading role from a thread whose job has lasted a tick, and sends heartbeats.
     pub(super) fn watch(self: &Arc<Self>) {
         let (mut seen, mut idle_ticks) = (0, 0);
+        let period = self.config.peer_timeout / BEATS_MISSED;
+        let mut next_beat = None;
         loop {
-            match rustix::io::read(&self.watchdog, &mut [0_u8; 8]) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "watchdog");
-                    return self.end_thread(lock(&self.pool));
+            if self.beating.load(Ordering::SeqCst) && next_beat.is_none() {
+                next_beat = Some(Instant::now() + period);
+            }
+            let ticked = self.next_tick(next_beat);
+            if lock(&self.pool).stop {
+                return self.end_thread(lock(&self.pool));
+            }
+            if next_beat.is_some_and(|due| due <= Instant::now()) {
+                next_beat = Some(Instant::now() + period);
+                if !catch_unwind(AssertUnwindSafe(|| self.beat())).unwrap_or(true) {
+                    next_beat = None;
+                    self.beating.store(false, Ordering::SeqCst);
+                    // Who came meanwhile may have seen it beat.
+                    self.beating.store(!lock(&self.sources).controls().is_empty(), Ordering::SeqCst);
                 }
             }
-            let mut pool = lock(&self.pool);
-            if pool.stop {
-                return self.end_thread(pool);
+            if !ticked {
+                continue;
             }
+            let mut pool = lock(&self.pool);
             let begun = self.jobs_begun.load(Ordering::SeqCst);
             let busy_term = self.busy_term.load(Ordering::SeqCst);
             if begun != seen {
@@ -281,6 +294,25 @@ impl Driver {
                     self.watching.store(true, Ordering::SeqCst);
                     self.tick_watchdog(WATCH_TICK);
                 }
+            }
+        }
+    }
+
+    /// Sleeps until the watchdog ticks (`true`) or a heartbeat is due.
+    fn next_tick(&self, next_beat: Option<Instant>) -> bool {
+        let left = next_beat.map(|due| due.saturating_duration_since(Instant::now()));
+        let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
+        match poll(&mut [PollFd::new(&self.watchdog, PollFlags::IN)], left.as_ref()) {
+            Ok(0) | Err(Errno::INTR) => false,
+            Ok(_) => {
+                // Readable, and this thread is the only reader.
+                let _ = rustix::io::read(&self.watchdog, &mut [0_u8; 8]);
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "watchdog");
+                thread::sleep(WATCH_TICK);
+                false
             }
         }
     }

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use socket2::Socket;
 
 use super::accept::Greeting;
-use super::{Driver, Turn};
+use super::{Driver, Turn, WATCH_TICK};
 use crate::endpoint::{Endpoint, lock};
 use crate::tcp::{self, Progress};
 use crate::{CloseCause, ProtocolError, TransferError};
@@ -42,6 +42,14 @@ impl Sources {
     pub(super) fn close(&mut self) -> Vec<Source> {
         self.closed = true;
         std::mem::take(&mut self.by_token).into_values().collect()
+    }
+
+    pub(super) fn controls(&self) -> Vec<Arc<Endpoint>> {
+        let controls = self.values().filter_map(|source| match source {
+            Source::Control(endpoint) => Some(Arc::clone(endpoint)),
+            _ => None,
+        });
+        controls.collect()
     }
 
     pub(super) fn values(&self) -> impl Iterator<Item = &Source> {
@@ -141,7 +149,19 @@ impl Driver {
     }
 
     pub(crate) fn add_control(&self, endpoint: &Arc<Endpoint>, flags: EventFlags) -> Result<(), TransferError> {
-        self.add(endpoint.control(), flags, Source::Control(Arc::clone(endpoint)))
+        self.add(endpoint.control(), flags, Source::Control(Arc::clone(endpoint)))?;
+        if !self.beating.swap(true, Ordering::SeqCst) {
+            self.tick_watchdog(WATCH_TICK);
+        }
+        Ok(())
+    }
+
+    /// One heartbeat: every peer is sent one, who has missed some is lost. `false`: there is no peer.
+    pub(super) fn beat(&self) -> bool {
+        let beat = self.beats.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let sources = lock(&self.sources).controls();
+        sources.iter().for_each(|endpoint| endpoint.on_beat(beat));
+        !sources.is_empty()
     }
 
     pub(crate) fn add_bulk(

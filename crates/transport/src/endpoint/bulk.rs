@@ -281,6 +281,7 @@ impl Endpoint {
                 let target = chunk.target()?;
                 match tcp::recv_into(link.socket(), target).map_err(lost)? {
                     Progress::Bytes(len) => {
+                        self.hear();
                         let complete = len == target.len();
                         chunk.advance(len);
                         budget = budget.saturating_sub(len);
