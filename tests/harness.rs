@@ -9,7 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use farcall::prelude::*;
-use farcall::{StoreServer, TensorMut};
+use farcall::transport::StoreLimits;
+use farcall::{JobKey, StoreServer, TensorMut};
 
 use crate::functions::add;
 
@@ -69,9 +70,19 @@ pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(future)
 }
 
+/// The job key of groups that do not choose: a new one, unless `TEST_KEY=none` says that the suite runs without.
+pub(crate) fn job_key() -> Option<JobKey> {
+    match std::env::var("TEST_KEY").as_deref() {
+        Err(_) => Some(JobKey::random().expect("random bytes")),
+        Ok("none") => None,
+        Ok(other) => panic!("TEST_KEY={other}: only none is known"),
+    }
+}
+
 /// Agents of one group in this process, `w0` to `w<n-1>`.
 pub(crate) struct Group {
     pub(crate) agents: Vec<Agent>,
+    pub(crate) key: Option<JobKey>,
     pub(crate) name: String,
     _store: StoreServer,
 }
@@ -83,21 +94,27 @@ impl Group {
 
     /// A group whose options are changed by `change` first.
     pub(crate) fn with(n: u32, change: impl Fn(&mut Options)) -> Self {
+        Self::with_key(n, job_key(), change)
+    }
+
+    /// The same, with this job key or without any.
+    pub(crate) fn with_key(n: u32, key: Option<JobKey>, change: impl Fn(&mut Options)) -> Self {
         step("joining a group");
-        let store = StoreServer::bind("127.0.0.1:0").expect("a store");
+        let store = StoreServer::bind_with("127.0.0.1:0", StoreLimits::default(), key.clone()).expect("a store");
         let name = unique("group");
         let joining: Vec<_> = (0..n)
             .map(|rank| {
                 let mut options = Options::new(rank, n, store.address().to_string());
                 options.host_store = false;
                 options.group = name.clone();
+                options.key = key.clone();
                 change(&mut options);
                 thread::spawn(move || Agent::join_blocking(options))
             })
             .collect();
         let agents = joining.into_iter().map(|agent| agent.join().expect("no panic").expect("joins")).collect();
         step("the test's own calls");
-        Self { agents, name, _store: store }
+        Self { agents, key, name, _store: store }
     }
 
     /// Where a worker listens.

@@ -2,6 +2,7 @@
 //!
 //! Bytes are written out here, from the tables in `transport::frame` and `transport::descriptor`, not by their encoders.
 
+mod auth;
 mod bulk;
 mod connections;
 mod descriptors;

@@ -4,7 +4,10 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use farcall::JobKey;
 use farcall::prelude::*;
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
 
 use crate::functions::add;
 use crate::harness::{Group, step};
@@ -19,6 +22,8 @@ pub(crate) const CLOSE: u8 = 8;
 pub(crate) const OPEN_BULK: u8 = 9;
 pub(crate) const CHUNK: u8 = 10;
 pub(crate) const PING: u8 = 11;
+pub(crate) const CHALLENGE: u8 = 20;
+pub(crate) const PROOF: u8 = 21;
 
 // Where header fields are.
 pub(crate) const AT_VERSION: usize = 4;
@@ -188,6 +193,41 @@ pub(crate) fn chunk(transfer: u64, offset: u64, payload: &[u8]) -> Frame {
     Frame { call: transfer, offset, payload: payload.to_vec(), ..Frame::new(CHUNK) }
 }
 
+/// A hello that asks for the proof of a job key.
+pub(crate) fn with_nonce(hello: &Frame, nonce: [u8; 32]) -> Frame {
+    let mut hello = hello.clone();
+    assert_eq!(hello.metadata.pop(), Some(0), "no nonce");
+    hello.metadata.push(1);
+    hello.metadata.extend(nonce);
+    hello
+}
+
+/// What a proof covers, as `transport::auth` has it in its header.
+#[derive(Clone)]
+pub(crate) struct Transcript {
+    key: Vec<u8>,
+    bytes: Vec<u8>,
+}
+
+impl Transcript {
+    pub(crate) fn worker(key: &JobKey) -> Self {
+        let hex = key.to_hex();
+        let key = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("digits"));
+        Self { key: key.collect(), bytes: b"farcall 1 worker\0".to_vec() }
+    }
+
+    pub(crate) fn with(mut self, message: &[u8]) -> Self {
+        self.bytes.extend((message.len() as u32).to_le_bytes());
+        self.bytes.extend(message);
+        self
+    }
+
+    pub(crate) fn proof(&self, role: &str) -> Vec<u8> {
+        let mac = Hmac::<Sha256>::new_from_slice(&self.key).expect("any length");
+        mac.chain_update(&self.bytes).chain_update(role).finalize().into_bytes().to_vec()
+    }
+}
+
 // ---- reading ----
 
 /// A frame that arrived.
@@ -315,13 +355,19 @@ impl RawPeer {
 
     /// Reads on until the worker says why it closes; then the connection must end.
     pub(crate) fn close_text(&mut self) -> String {
+        let (reason, text) = self.close();
+        assert_eq!(reason, 1, "the reason is: refused");
+        text
+    }
+
+    /// The same for any reason; gives its number, and the text.
+    pub(crate) fn close(&mut self) -> (u128, String) {
         loop {
             let frame = self.receive().expect("a Close frame before the end");
             if frame.kind == CLOSE {
                 assert_eq!(self.receive(), None, "nothing follows a Close");
                 let mut metadata = Cursor(&frame.metadata);
-                assert_eq!(metadata.varint(), 1, "the reason is: refused");
-                return metadata.text();
+                return (metadata.varint(), metadata.text());
             }
         }
     }
@@ -335,10 +381,14 @@ impl RawPeer {
     }
 
     /// Says hello to the worker of this name and rank and reads its welcome; gives the bulk key.
-    pub(crate) fn greet(&mut self, group: &str, target: &str, rank: u128) -> u128 {
-        self.send(&hello(group, &control(Some(target))).bytes());
-        let welcome = self.expect(WELCOME);
-        let mut metadata = Cursor(&welcome.metadata);
+    pub(crate) fn greet(&mut self, group: &str, target: &str, rank: u128, key: Option<&JobKey>) -> u128 {
+        let transcript = self.introduce(&hello(group, &control(Some(target))), key);
+        let mut welcome = self.expect(WELCOME).metadata;
+        if let Some(transcript) = transcript {
+            let proof = welcome.split_off(welcome.len() - 32);
+            assert_eq!(transcript.with(&welcome).proof("welcome"), proof, "the worker proves its welcome");
+        }
+        let mut metadata = Cursor(&welcome);
         assert_eq!((metadata.text().as_str(), metadata.varint()), (target, rank), "name and rank");
         assert_eq!(metadata.bytes(5), [0, 127, 0, 0, 1], "its address");
         for _port_pid_incarnation in 0..3 {
@@ -347,6 +397,24 @@ impl RawPeer {
         let key = metadata.varint();
         assert_eq!(metadata.0, [1, 0], "the version and the features to go on with");
         key
+    }
+
+    /// Says hello and, with a key, proves it and has the worker prove it.
+    pub(crate) fn introduce(&mut self, hello: &Frame, key: Option<&JobKey>) -> Option<Transcript> {
+        let Some(key) = key else {
+            self.send(&hello.bytes());
+            return None;
+        };
+        let hello = with_nonce(hello, [7; 32]);
+        self.send(&hello.bytes());
+        let challenge = self.expect(CHALLENGE).metadata;
+        assert_eq!(challenge.len(), 64);
+        let transcript = Transcript::worker(key).with(&hello.metadata).with(&challenge[..32]);
+        assert_eq!(transcript.proof("challenge"), challenge[32..], "the worker proves its key");
+        let transcript = transcript.with(&challenge[32..]);
+        let metadata = transcript.proof("proof");
+        self.send(&Frame { metadata: metadata.clone(), ..Frame::new(PROOF) }.bytes());
+        Some(transcript.with(&metadata))
     }
 
     /// Announces `test::echo` as 0 and `test::add` as 1.
@@ -370,9 +438,18 @@ pub(crate) struct Target {
 
 impl Target {
     pub(crate) fn new() -> Self {
-        let group = Group::new(2);
+        Self::with_key(None)
+    }
+
+    /// The same in a group with a job key.
+    pub(crate) fn with_key(key: Option<JobKey>) -> Self {
+        let group = Group::with_key(2, key, |_| {});
         group.answers();
         Self { group }
+    }
+
+    pub(crate) fn job_key(&self) -> Option<&JobKey> {
+        self.group.key.as_ref()
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -408,7 +485,7 @@ impl Target {
 
     pub(crate) fn peer_with_key(&self) -> (RawPeer, u128) {
         let mut peer = self.stranger();
-        let key = peer.greet(&self.group.name, "w0", 0);
+        let key = peer.greet(&self.group.name, "w0", 0, self.job_key());
         peer.announce();
         (peer, key)
     }
@@ -416,7 +493,7 @@ impl Target {
     /// The bulk connection of a peer's key.
     pub(crate) fn bulk(&self, key: u128) -> RawPeer {
         let mut bulk = self.stranger();
-        bulk.send(&hello(&self.group.name, &bulk_role(key)).bytes());
+        bulk.introduce(&hello(&self.group.name, &bulk_role(key)), self.job_key());
         bulk
     }
 

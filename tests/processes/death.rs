@@ -92,6 +92,9 @@ fn a_worker_killed_while_it_receives_64_mib_fails_the_call() {
     bounded(|| {
         let (mut processes, agent) = Processes::serving(2);
         assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 lives"), 5);
+        // The bulk connection is open: a stopped worker could not prove its key.
+        let first = pattern::run(1 << 20, 2).expect("memory");
+        agent.to("w1").call(hash, (&first,)).wait().expect("w1 lives");
         // Stopped, it takes only what the kernel buffers: the transfer is under way and cannot end.
         processes.worker(1).stop();
         let big = pattern::run(BIG, 1).expect("memory");

@@ -1,11 +1,16 @@
-//! A worker process keeps no descriptor of those who were refused or left. Counted in a process of its own, where no other
-//! test opens any.
+//! A worker process keeps no descriptor of those who were refused or left, and gives strangers little memory. Counted in a
+//! process of its own, where no other test opens any.
 
+use std::collections::VecDeque;
 use std::time::Duration;
+
+use farcall::JobKey;
 
 use crate::functions::add;
 use crate::harness::{bounded, eventually, step};
-use crate::hostile::raw::{CHUNK, Descriptor, REPLY, RawPeer, bulk_role, chunk, control, echo_request, hello};
+use crate::hostile::raw::{
+    CHUNK, Descriptor, Frame, HELLO, REPLY, RawPeer, bulk_role, chunk, control, echo_request, hello, with_nonce,
+};
 
 use super::spawn::{Process, Processes};
 
@@ -24,13 +29,13 @@ fn settled(worker: &Process) -> usize {
 #[test]
 fn second_bulk_connections_of_one_key_are_dropped_and_leave_no_descriptor_open() {
     bounded(|| {
-        let (processes, agent) = Processes::serving(1);
+        let (processes, agent) = Processes::serving_with_key(1, None);
         let address = agent.workers().nth(1).expect("w1").address;
         assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 answers"), 5);
         let mut before = None;
         for _ in 0..20 {
             let mut peer = RawPeer::connect(address);
-            let key = peer.greet(&processes.group, "w1", 1);
+            let key = peer.greet(&processes.group, "w1", 1, None);
             peer.announce();
             let mut bulk = RawPeer::connect(address);
             bulk.send(&hello(&processes.group, &bulk_role(key)).bytes());
@@ -57,13 +62,13 @@ fn second_bulk_connections_of_one_key_are_dropped_and_leave_no_descriptor_open()
 #[test]
 fn a_hundred_hostile_connections_leave_no_descriptor_open() {
     bounded(|| {
-        let (processes, agent) = Processes::serving(1);
+        let (processes, agent) = Processes::serving_with_key(1, None);
         let address = agent.workers().nth(1).expect("w1").address;
         let healthy = || assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 answers"), 5);
         healthy();
         let welcome = || {
             let mut peer = RawPeer::connect(address);
-            let key = peer.greet(&processes.group, "w1", 1);
+            let key = peer.greet(&processes.group, "w1", 1, None);
             peer.announce();
             (peer, key)
         };
@@ -103,6 +108,47 @@ fn a_hundred_hostile_connections_leave_no_descriptor_open() {
         }
         step("the hostile connections' end");
         eventually("as many descriptors as before", Duration::from_secs(15), || worker.descriptors() == before);
+        healthy();
+        processes.shutdown(&agent);
+    });
+}
+
+/// Thousands of strangers, each with as much of a hello as it may send, or garbage, or a proof that does not come.
+#[test]
+fn a_flood_of_strangers_costs_little_memory_and_disturbs_nobody() {
+    const GROWTH_MAX: u64 = 64 << 20;
+    bounded(|| {
+        let (processes, agent) = Processes::serving_with_key(1, JobKey::random().ok());
+        let address = agent.workers().nth(1).expect("w1").address;
+        let healthy = || assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 answers"), 5);
+        healthy();
+        let worker = processes.worker(1);
+        let before = worker.resident_bytes();
+        let long = Frame { metadata: vec![b'a'; 16 << 10], ..Frame::new(HELLO) }.bytes();
+        let honest = with_nonce(&hello(&processes.group, &control(None)), [1; 32]).bytes();
+        let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(4096);
+        let open_max = (descriptors / 2).min(1500) as usize;
+        let (mut held, mut grown) = (VecDeque::new(), 0);
+        for round in 0..4000 {
+            step(format_args!("stranger {round}"));
+            let mut stranger = RawPeer::connect(address);
+            match round % 4 {
+                0 | 1 => drop(stranger.try_send(&long[..long.len() - 1])),
+                2 => drop(stranger.try_send(&honest)),
+                _ => drop(stranger.try_send(&[0x5a; 4096])),
+            }
+            held.push_back(stranger);
+            if held.len() > open_max {
+                held.pop_front();
+            }
+            if round % 100 == 0 {
+                healthy();
+                grown = grown.max(worker.resident_bytes().saturating_sub(before));
+            }
+        }
+        println!("4000 strangers, {} at a time: {} KiB more", held.len(), grown >> 10);
+        assert!(grown < GROWTH_MAX, "{grown} bytes");
+        drop(held);
         healthy();
         processes.shutdown(&agent);
     });

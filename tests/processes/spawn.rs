@@ -6,11 +6,12 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use farcall::StoreServer;
 use farcall::prelude::*;
+use farcall::transport::StoreLimits;
+use farcall::{JobKey, StoreServer};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::harness::{eventually, step, unique};
+use crate::harness::{eventually, job_key, step, unique};
 
 /// How long a process may take to end.
 const END_MAX: Duration = Duration::from_secs(20);
@@ -92,6 +93,13 @@ impl Process {
         });
     }
 
+    /// Memory that it holds.
+    pub(crate) fn resident_bytes(&self) -> u64 {
+        let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.child.id())).expect("a live process");
+        let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("resident pages");
+        pages * rustix::param::page_size() as u64
+    }
+
     /// Open descriptors.
     pub(crate) fn descriptors(&self) -> usize {
         let directory = PathBuf::from(format!("/proc/{}/fd", self.child.id()));
@@ -125,29 +133,40 @@ pub(crate) struct Processes {
     pub(crate) workers: Vec<Option<Process>>,
     pub(crate) group: String,
     pub(crate) store: StoreServer,
+    pub(crate) key: Option<JobKey>,
 }
 
 impl Processes {
     /// Starts workers for the ranks of `modes` that have one, in a group of as many as there are modes.
     pub(crate) fn start(modes: &[Option<&str>], variables: &[(&str, &str)]) -> Self {
+        Self::start_with_key(modes, variables, job_key())
+    }
+
+    fn start_with_key(modes: &[Option<&str>], variables: &[(&str, &str)], key: Option<JobKey>) -> Self {
         step("starting processes");
-        let store = StoreServer::bind("127.0.0.1:0").expect("a store");
+        let store = StoreServer::bind_with("127.0.0.1:0", StoreLimits::default(), key.clone()).expect("a store");
         let group = unique("processes");
         let (world, address) = (modes.len().to_string(), store.address().to_string());
         let start = |rank: usize, mode: &str| {
             let mut command = command(mode, variables);
             command.env("FARCALL_RANK", rank.to_string()).env("FARCALL_WORLD_SIZE", &world);
             command.env("FARCALL_STORE", &address).env("FARCALL_GROUP", &group).env("FARCALL_HOST_STORE", "0");
+            command.envs(key.iter().map(|key| ("FARCALL_KEY", key.to_hex())));
             Process::spawn(command)
         };
         let workers = modes.iter().enumerate().map(|(rank, mode)| mode.map(|mode| start(rank, mode))).collect();
-        Self { workers, group, store }
+        Self { workers, group, store, key }
     }
 
     /// `n` workers that serve, and this process's agent as rank 0 of `n` + 1.
     pub(crate) fn serving(n: usize) -> (Self, Agent) {
+        Self::serving_with_key(n, job_key())
+    }
+
+    /// The same with this job key, or without any.
+    pub(crate) fn serving_with_key(n: usize, key: Option<JobKey>) -> (Self, Agent) {
         let modes: Vec<_> = std::iter::once(None).chain(vec![Some("serve"); n]).collect();
-        let processes = Self::start(&modes, &[]);
+        let processes = Self::start_with_key(&modes, &[], key);
         let agent = processes.join(|_| {});
         (processes, agent)
     }
@@ -157,6 +176,7 @@ impl Processes {
         step("joining a group of processes");
         let mut options = Options::new(0, self.workers.len() as u32, self.store.address().to_string());
         (options.host_store, options.group) = (false, self.group.clone());
+        options.key = self.key.clone();
         change(&mut options);
         Agent::join_blocking(options).expect("joins")
     }

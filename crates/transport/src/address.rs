@@ -104,7 +104,7 @@ pub(crate) struct Hello {
 
 impl Hello {
     /// A hello, encoded, and the dialer's side of the proof that goes on from it, with `peer` for errors.
-    pub(crate) fn new(config: &DriverConfig, role: Role, peer: String) -> io::Result<(Vec<u8>, Option<Dialer>)> {
+    pub(crate) fn encode(config: &DriverConfig, role: Role, peer: String) -> io::Result<(Vec<u8>, Option<Dialer>)> {
         let (group, worker) = (config.group.clone(), config.worker.clone());
         let nonce = config.key.as_ref().map(|_| fresh()).transpose()?;
         let hello = encoded(&Self { group, worker, role, versions: [VERSION; 2], features: FEATURES, nonce });

@@ -350,7 +350,7 @@ impl Endpoint {
     }
 
     fn hello(&self, role: Role) -> Result<(Vec<u8>, Option<Dialer>), CloseCause> {
-        let hello = Hello::new(self.driver.config(), role, self.peer_text());
+        let hello = Hello::encode(self.driver.config(), role, self.peer_text());
         hello.map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })
     }
 

@@ -49,7 +49,7 @@ struct State {
 enum Phase {
     Hello,
     /// Challenged; the proof is to come.
-    Proof(Hello, Acceptor),
+    Proof(Box<(Hello, Acceptor)>),
     /// Let in, or refused.
     Over,
 }
@@ -153,16 +153,17 @@ impl Driver {
                         drop(state);
                         return self.admit(greeting, hello, None);
                     };
-                    state.phase = Phase::Proof(hello, acceptor);
+                    state.phase = Phase::Proof(Box::new((hello, acceptor)));
                     write_greeting(greeting.registration.socket(), &self::greeting(Kind::Challenge, &challenge))?;
                 }
-                Phase::Proof(hello, _) if kind == Kind::Close => {
+                Phase::Proof(begun) if kind == Kind::Close => {
                     let goodbye: Goodbye = read_greeting("goodbye", &message)?;
-                    let cause = goodbye.cause(|| hello.worker.id.to_string());
+                    let cause = goodbye.cause(|| begun.0.worker.id.to_string());
                     self.count_refusal(&cause);
                     return Err(CloseCause::PeerLost { source: None });
                 }
-                Phase::Proof(hello, mut acceptor) => {
+                Phase::Proof(begun) => {
+                    let (hello, mut acceptor) = *begun;
                     acceptor.on_proof(&message)?;
                     drop(state);
                     return self.admit(greeting, hello, Some(acceptor));

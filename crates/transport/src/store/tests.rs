@@ -7,6 +7,8 @@ use std::thread;
 
 use super::wire::{self, GREETING, Reply, Request};
 use super::*;
+use crate::JobKey;
+use crate::auth::{Dialer, Realm};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -440,6 +442,124 @@ fn one_client_too_many_is_refused_until_another_ends() {
         thread::yield_now();
     }
     assert_serves(&server);
+}
+
+fn key(byte: u8) -> JobKey {
+    JobKey::new([byte; 32]).unwrap()
+}
+
+fn keyed_server(limits: StoreLimits) -> StoreServer {
+    StoreServer::bind_with("127.0.0.1:0", limits, Some(key(1))).unwrap()
+}
+
+/// A stranger that said hello to a store with a key, and the challenge that it got.
+fn challenged(server: &StoreServer, identity: &str) -> (TcpStream, Vec<u8>) {
+    let mut stream = stranger(server);
+    stream.write_all(&[&GREETING[..], &hello(identity, Some([3; 32]))].concat()).unwrap();
+    assert_eq!(wire::read_array(&stream, soon()).unwrap(), GREETING);
+    let challenge = wire::read_frame(&stream, soon()).unwrap();
+    assert_eq!((challenge[0], challenge.len()), (wire::CHALLENGE, 65));
+    (stream, challenge[1..].to_vec())
+}
+
+fn proof_of(key: &JobKey, identity: &str, challenge: &[u8]) -> Result<Vec<u8>, crate::ProtocolError> {
+    let hello = hello(identity, Some([3; 32]));
+    Dialer::new(key, Realm::Store, &hello[4..], String::new()).on_challenge(challenge)
+}
+
+/// PEERS: before the proof nothing is read, written or left behind.
+#[test]
+fn a_store_with_a_key_lets_in_who_proves_it() {
+    let server = keyed_server(StoreLimits::default());
+    let address = server.address().to_string();
+    let connect = |key: Option<&JobKey>| EmbeddedStore::connect_with(&address, "w", key, soon());
+    assert_eq!(refusal(connect(None)), Refusal::KeyWanted);
+    assert!(matches!(connect(Some(&key(2))), Err(StoreError::Unproven { source: AuthError::WrongKey { .. }, .. })));
+    let (mut forged, _) = challenged(&server, "forged");
+    forged.write_all(&wire::raw_frame(&[0; 32]).unwrap()).unwrap();
+    assert_eq!(last_word(forged), Refusal::WrongKey);
+    let (mut impatient, _) = challenged(&server, "impatient");
+    impatient.write_all(&wire::frame(&Request::Set { key: "stolen", value: b"1" }).unwrap()).unwrap();
+    assert_eq!(last_word(impatient), Refusal::WrongKey);
+    let store = connect(Some(&key(1))).unwrap();
+    assert_eq!(store.get("stolen").unwrap(), None);
+    assert_eq!([store.get("gone/forged").unwrap(), store.get("gone/w").unwrap()], [None, None]);
+    store.set("k", b"v").unwrap();
+}
+
+/// What a client with the key sent lets nobody else in.
+#[test]
+fn a_replay_is_refused_by_a_store() {
+    let server = keyed_server(StoreLimits::default());
+    let (mut first, challenge) = challenged(&server, "a");
+    let proof = wire::raw_frame(&proof_of(&key(1), "a", &challenge).unwrap()).unwrap();
+    first.write_all(&proof).unwrap();
+    assert_eq!(wire::read_frame(&first, soon()).unwrap(), wire::DONE_FRAME[4..]);
+    let (mut replay, _) = challenged(&server, "a");
+    replay.write_all(&proof).unwrap();
+    assert_eq!(last_word(replay), Refusal::WrongKey);
+}
+
+#[test]
+fn a_client_with_a_key_trusts_no_store_without() {
+    let server = server();
+    let address = server.address().to_string();
+    let refused = refusal(EmbeddedStore::connect_with(&address, "w", Some(&key(1)), soon()));
+    assert_eq!(refused, Refusal::NoKey);
+    // One that says nothing of it and lets the client in.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(&[&GREETING[..], &wire::DONE_FRAME].concat()).unwrap();
+            drop(stream.read_to_end(&mut Vec::new()));
+        });
+        let error = EmbeddedStore::connect_with(&address, "w", Some(&key(1)), soon()).unwrap_err();
+        assert!(matches!(error, StoreError::Unproven { source: AuthError::NoKey { .. }, .. }), "{error:?}");
+    });
+}
+
+#[test]
+fn a_proof_that_does_not_come_is_not_waited_for() {
+    let server = keyed_server(StoreLimits { hello: Duration::from_millis(250), ..StoreLimits::default() });
+    let (silent, _) = challenged(&server, "silent");
+    assert_eq!(last_word(silent), Refusal::Slow { limit_ms: 250 });
+    let (mut slow, challenge) = challenged(&server, "slow");
+    let proof = wire::raw_frame(&proof_of(&key(1), "slow", &challenge).unwrap()).unwrap();
+    slow.write_all(&proof[..35]).unwrap();
+    assert_eq!(last_word(slow), Refusal::Slow { limit_ms: 250 });
+}
+
+/// As many strangers as may greet, silent: the oldest go, a client gets in at once.
+#[test]
+fn a_flood_of_half_open_connections_locks_no_client_out() {
+    let limits = StoreLimits { greetings: 8, hello: LONG * 10, ..StoreLimits::default() };
+    let server = keyed_server(limits);
+    let address = server.address().to_string();
+    let mut flood: Vec<TcpStream> = (0..8).map(|_| stranger(&server)).collect();
+    for round in 0..20 {
+        let index = round % 8;
+        let newer = stranger(&server);
+        assert_eq!(flood[index].read(&mut [0]).unwrap_or(0), 0, "the oldest is let go");
+        flood[index] = newer;
+        if index == 7 {
+            let store = EmbeddedStore::connect_with(&address, &format!("w{round}"), Some(&key(1)), soon()).unwrap();
+            store.set("k", b"v").unwrap();
+            // It took the place of the oldest for the time of its greeting.
+            assert_eq!(flood[0].read(&mut [0]).unwrap_or(0), 0);
+            flood[0] = stranger(&server);
+            flood.rotate_left(1);
+        }
+    }
+}
+
+/// PEERS: with a key a store may be reached from other hosts.
+#[test]
+fn a_store_with_a_key_may_listen_beyond_loopback() {
+    let server = StoreServer::bind_with("0.0.0.0:0", StoreLimits::default(), Some(key(1))).unwrap();
+    let address = format!("127.0.0.2:{}", server.address().port());
+    EmbeddedStore::connect_with(&address, "w", Some(&key(1)), soon()).unwrap().set("k", b"v").unwrap();
 }
 
 /// PEERS: a store that other hosts could reach is refused, and says what to do.
