@@ -100,12 +100,15 @@ fn a_peer_with_the_key_is_still_refused_for_what_else_is_wrong() {
     });
 }
 
+/// A proof made of the true key, a hello and the challenge that answered it.
+type Forgery = fn(&JobKey, &Frame, &[u8]) -> Vec<u8>;
+
 #[test]
 fn forged_proofs_are_refused() {
     bounded(|| {
         let target = keyed();
         let right = target.job_key().expect("a keyed group").clone();
-        let forgeries: [(&str, fn(&JobKey, &Frame, &[u8]) -> Vec<u8>); 6] = [
+        let forgeries: [(&str, Forgery); 6] = [
             ("zeros", |_, _, _| vec![0; 32]),
             ("another key", |_, hello, challenge| transcript(&key(), hello, challenge).proof("proof")),
             ("its own, sent back", |_, _, challenge| challenge[32..].to_vec()),

@@ -35,7 +35,7 @@ enum Command {
         #[arg(long, value_name = "MODE")]
         streams: Option<String>,
     },
-    /// Start N workers of a program on this machine, their environment set for `Options::from_env`.
+    /// Start N workers of a program on this machine, their environment set for `Options::from_env`, a job key included.
     Run {
         /// How many workers.
         #[arg(short, long, value_name = "N", default_value_t = 2)]
