@@ -1,5 +1,6 @@
 //! What every call must do, between agents of one process: values, layouts, sizes, handlers, order, errors.
 
+mod cancel;
 mod devices;
 mod dtypes;
 mod errors;
@@ -10,3 +11,4 @@ mod sizes;
 mod snapshot;
 mod values;
 mod waiting;
+mod windows;

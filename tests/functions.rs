@@ -88,6 +88,18 @@ impl Gate {
         self.wait_until(|state| state.arrived >= count)
     }
 
+    #[allow(dead_code, reason = "for the tests' own process")]
+    /// Blocks until it is open; false after [`PATIENCE`].
+    pub(crate) fn wait_open(&self) -> bool {
+        self.wait_until(|state| state.open)
+    }
+
+    #[allow(dead_code, reason = "for the tests' own process")]
+    /// Arrivals so far.
+    pub(crate) fn arrived(&self) -> usize {
+        self.change(|state| state.arrived)
+    }
+
     /// Lets everyone through, from now on.
     pub(crate) fn open(&self) {
         self.change(|state| state.open = true);
@@ -306,7 +318,7 @@ pub(crate) fn remaining(cx: &Call) -> Option<u64> {
 pub(crate) fn relay(cx: &Call, through: Vec<String>, x: i64) -> Result<i64> {
     match through.split_first() {
         None => Ok(x + 1),
-        Some((next, rest)) => Ok(cx.agent().to(next).call(relay, (rest, x + 1)).wait()?),
+        Some((next, rest)) => Ok(cx.to(next).call(relay, (rest, x + 1)).wait()?),
     }
 }
 
@@ -315,22 +327,73 @@ pub(crate) fn relay(cx: &Call, through: Vec<String>, x: i64) -> Result<i64> {
 pub(crate) async fn relay_async(cx: Call, through: Vec<String>, x: i64) -> Result<i64> {
     match through.split_first() {
         None => Ok(x + 1),
-        Some((next, rest)) => Ok(cx.agent().to(next).call(relay_async, (rest, x + 1)).await?),
+        Some((next, rest)) => Ok(cx.to(next).call(relay_async, (rest, x + 1)).await?),
     }
 }
 
 /// Calls `hold` on `worker` and gives the error's text.
 #[farcall::function(name = "test::hold_there")]
 pub(crate) async fn hold_there(cx: Call, worker: String, key: String) -> String {
-    let outcome = cx.agent().to(&worker).call(hold, (key,)).await;
+    let outcome = cx.to(&worker).call(hold, (key,)).await;
     outcome.err().map_or_else(|| "no error".to_owned(), |error| error.to_string())
 }
 
 /// Calls `pattern_after` on `worker` and gives the error's text.
 #[farcall::function(name = "test::pattern_there")]
 pub(crate) async fn pattern_there(cx: Call, worker: String, key: String, len: usize) -> String {
-    let outcome = cx.agent().to(&worker).call(pattern_after, (key, len, 1)).await;
+    let outcome = cx.to(&worker).call(pattern_after, (key, len, 1)).await;
     outcome.err().map_or_else(|| "no error".to_owned(), |error| error.to_string())
+}
+
+/// Told when it is dropped.
+struct OpensWhenDropped(String);
+
+impl Drop for OpensWhenDropped {
+    fn drop(&mut self) {
+        gate(&self.0).open();
+    }
+}
+
+/// Arrives at the gate, calls itself at the next worker, and never ends by itself. Opens the gate when it is dropped.
+#[farcall::function(name = "test::linger")]
+pub(crate) async fn linger(cx: Call, through: Vec<String>, key: String) -> Result<()> {
+    let dropped = OpensWhenDropped(format!("{key} {}", cx.agent().worker()));
+    gate(&dropped.0).change(|state| state.arrived += 1);
+    match through.split_first() {
+        None => std::future::pending().await,
+        Some((next, rest)) => Ok(cx.to(next).call(linger, (rest, &key)).await?),
+    }
+}
+
+/// Blocks until it is cancelled; gives whether it was.
+#[farcall::function(name = "test::until_cancelled")]
+pub(crate) fn until_cancelled(cx: &Call, key: String) -> bool {
+    let until = Instant::now() + PATIENCE;
+    gate(&key).change(|state| state.arrived += 1);
+    while !cx.is_cancelled() && Instant::now() < until {
+        std::thread::yield_now();
+    }
+    if cx.is_cancelled() {
+        gate(&key).open();
+    }
+    cx.is_cancelled()
+}
+
+/// Blocks in a call of its own until that ends; opens the gate with its error.
+#[farcall::function(name = "test::blocked_in")]
+pub(crate) fn blocked_in(cx: &Call, worker: String, key: String) -> bool {
+    let outcome = cx.to(&worker).call(hold, (format!("{key} there"),)).wait();
+    let cancelled = matches!(outcome, Err(CallError::Cancelled { .. }));
+    if cancelled {
+        gate(&key).open();
+    }
+    cancelled
+}
+
+/// What its callee has left of the deadline, microseconds.
+#[farcall::function(name = "test::remaining_there")]
+pub(crate) fn remaining_there(cx: &Call, worker: String) -> Result<Option<u64>> {
+    Ok(cx.to(&worker).deadline(Duration::from_secs(3600)).call(remaining, ()).wait()?)
 }
 
 // ---- failures ----

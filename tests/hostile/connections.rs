@@ -1,6 +1,6 @@
 //! Many connections, slow ones, and floods.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::functions::add;
 use crate::harness::{bounded, step};
@@ -89,16 +89,74 @@ fn a_hello_in_single_bytes_is_welcome() {
     });
 }
 
+fn echo_32_kib(call: u64) -> Vec<u8> {
+    echo_request(call, &Descriptor::inline(U8, &[32 << 10], 32 << 10), &[5; 32 << 10]).bytes()
+}
+
+/// LIMITS: who reads nothing is read no more, so that it cannot have memory filled for it; reading nothing at all for as long as
+/// nobody may be silent, it is lost.
+#[test]
+fn a_peer_that_reads_nothing_is_not_read_either_and_then_lost() {
+    bounded(|| {
+        let target = Target::with(|options| options.limits.backlog_bytes_max = 1 << 20);
+        let mut flood = target.peer();
+        let started = Instant::now();
+        // Blocks once the worker reads no more and the kernel's buffers are full, fails when it has closed. What is sent between
+        // the worker's goodbye and its end is read and dropped.
+        let (mut sent, mut blocked) = (0, Duration::ZERO);
+        loop {
+            let before = started.elapsed();
+            if !flood.try_send(&echo_32_kib(sent)) {
+                break;
+            }
+            sent += 1;
+            blocked = blocked.max(started.elapsed() - before);
+            assert!(started.elapsed() < Duration::from_secs(10), "the worker takes everything");
+        }
+        println!(
+            "{sent} requests of 32 KiB; one was not taken for {blocked:?}, the end came after {:?}",
+            started.elapsed()
+        );
+        assert!(blocked > Duration::from_secs(1), "{blocked:?}");
+        assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// The same peer, reading late: it is read on, and nothing is lost.
+#[test]
+fn a_peer_that_reads_late_gets_everything() {
+    bounded(|| {
+        let target = Target::with(|options| options.limits.backlog_bytes_max = 1 << 20);
+        let mut flood = target.peer();
+        for round in 0..4 {
+            for call in 0..256 {
+                // 8 MiB: more than both ends buffer, so that the last ones wait until some replies were read.
+                if call >= 128 {
+                    assert_eq!(flood.expect(REPLY).payload.len(), 32 << 10);
+                }
+                flood.send(&echo_32_kib(round << 8 | call));
+            }
+            for _ in 0..128 {
+                assert_eq!(flood.expect(REPLY).payload.len(), 32 << 10);
+            }
+        }
+        flood.adds(2);
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
 /// 64 MiB of requests, none of whose replies is read: they wait in the worker's memory, in nobody's way.
 #[test]
 fn a_flood_of_requests_whose_replies_are_not_read_blocks_nobody() {
     bounded(|| {
         let target = Target::new();
         let mut flood = target.peer();
-        let request = echo_request(1, &Descriptor::inline(U8, &[32 << 10], 32 << 10), &[5; 32 << 10]).bytes();
         for round in 0..2048 {
             step(format_args!("request {round} of the flood"));
-            flood.send(&request);
+            flood.send(&echo_32_kib(round));
             if round % 256 == 0 {
                 target.serves_others();
             }
@@ -119,11 +177,10 @@ fn a_flood_of_requests_whose_replies_are_not_read_blocks_nobody() {
 fn a_flood_that_is_cut_off_is_forgotten() {
     bounded(|| {
         let target = Target::new();
-        let request = echo_request(1, &Descriptor::inline(U8, &[32 << 10], 32 << 10), &[5; 32 << 10]).bytes();
         for _ in 0..10 {
             let mut flood = target.peer();
-            for _ in 0..100 {
-                flood.send(&request);
+            for round in 0..100 {
+                flood.send(&echo_32_kib(round));
             }
         }
         target.serves_others();

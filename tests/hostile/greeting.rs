@@ -94,16 +94,16 @@ fn a_hello_that_offers_newer_versions_and_features_too_is_welcome() {
 fn an_unknown_kind_is_refused() {
     refused(|target| {
         let hello = hello(target.group_name(), &control(None));
-        [0, 7, 12, 255].map(|kind| (hello.patched(AT_KIND, &[kind]), format!("unknown frame kind {kind}"))).into()
+        [0, 12, 19, 255].map(|kind| (hello.patched(AT_KIND, &[kind]), format!("unknown frame kind {kind}"))).into()
     });
 }
 
 #[test]
 fn any_other_frame_before_the_hello_is_refused() {
     refused(|target| {
-        let names = ["Welcome", "Function", "Request", "Reply", "Error", "Close", "OpenBulk", "Chunk"];
+        let names = ["Welcome", "Function", "Request", "Reply", "Error", "Cancel", "Close", "OpenBulk", "Chunk"];
         let hello = hello(target.group_name(), &control(None));
-        let kinds = [2_u8, 3, 4, 5, 6, 8, 9, 10];
+        let kinds = [2_u8, 3, 4, 5, 6, 7, 8, 9, 10];
         let mut cases: Vec<_> = kinds
             .iter()
             .zip(names)

@@ -18,6 +18,7 @@ pub(crate) const FUNCTION: u8 = 3;
 pub(crate) const REQUEST: u8 = 4;
 pub(crate) const REPLY: u8 = 5;
 pub(crate) const ERROR: u8 = 6;
+pub(crate) const CANCEL: u8 = 7;
 pub(crate) const CLOSE: u8 = 8;
 pub(crate) const OPEN_BULK: u8 = 9;
 pub(crate) const CHUNK: u8 = 10;
@@ -439,6 +440,13 @@ pub(crate) struct Target {
 impl Target {
     pub(crate) fn new() -> Self {
         Self::with_key(None)
+    }
+
+    /// The same with other limits, say.
+    pub(crate) fn with(change: impl Fn(&mut Options)) -> Self {
+        let group = Group::with(2, change);
+        group.answers();
+        Self { group }
     }
 
     /// The same in a group with a job key.

@@ -4,7 +4,8 @@ use crate::functions::gate;
 use crate::harness::{bounded, unique};
 
 use super::raw::{
-    Cursor, Descriptor, ERROR, F32, Frame, REPLY, REQUEST, Target, add_request, announcement, echo_request, text,
+    CANCEL, Cursor, Descriptor, ERROR, F32, Frame, REPLY, REQUEST, Target, add_request, announcement, assert_says,
+    echo_request, text,
 };
 
 /// W1, end to end: the bytes a worker sends are those that the tables promise.
@@ -128,15 +129,86 @@ fn an_answer_to_no_call_is_ignored() {
 }
 
 /// Two calls with one id are two calls; their order is theirs.
+fn hold_request(call: u64, key: &str) -> Vec<u8> {
+    Frame { call, function: 2, metadata: text(key), ..Frame::new(REQUEST) }.bytes()
+}
+
 #[test]
-fn a_call_id_used_twice_hurts_only_its_caller() {
+fn a_call_id_used_twice_at_a_time_is_refused() {
     bounded(|| {
         let target = Target::new();
+        let key = unique("twice");
         let mut peer = target.peer();
         for _ in 0..2 {
             peer.send(&add_request(5).bytes());
+            assert_eq!(peer.expect(REPLY).call, 5);
         }
-        assert_eq!((peer.expect(REPLY).call, peer.expect(REPLY).call), (5, 5));
+        peer.send(&announcement(2, "test::hold", "(String) -> bool").bytes());
+        peer.send(&hold_request(5, &key));
+        assert!(gate(&key).wait_arrived(1));
+        peer.send(&hold_request(5, &key));
+        assert_says(&peer.close_text(), "malformed request: call 5 was made twice");
+        gate(&key).open();
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn more_unanswered_requests_than_allowed_are_refused() {
+    bounded(|| {
+        let target = Target::with(|options| options.limits.requests_max = 10);
+        let key = unique("many");
+        let mut peer = target.peer();
+        peer.send(&announcement(2, "test::hold", "(String) -> bool").bytes());
+        (0..10).for_each(|call| peer.send(&hold_request(call, &key)));
+        assert!(gate(&key).wait_arrived(10));
+        peer.send(&hold_request(11, &key));
+        assert_says(&peer.close_text(), "11 unanswered requests exceed the limit of 10");
+        gate(&key).open();
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// Before anything is allocated for them.
+#[test]
+fn more_bytes_of_unanswered_requests_than_allowed_are_refused() {
+    bounded(|| {
+        let target = Target::with(|options| options.limits.request_bytes_max = 64 << 10);
+        let (mut peer, _) = target.peer_with_key();
+        let announced = |call| echo_request(call, &Descriptor::bulk(call, 40 << 10), &[]).bytes();
+        peer.send(&announced(1));
+        peer.send(&announced(2));
+        assert_says(&peer.close_text(), "81920 tensor bytes in unanswered requests exceed the limit of 65536");
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn cancellations_of_nothing_and_of_everything_are_harmless() {
+    bounded(|| {
+        let target = Target::new();
+        let key = unique("cancelled");
+        let mut peer = target.peer();
+        let cancel = |call| Frame { call, ..Frame::new(CANCEL) }.bytes();
+        for call in [0, 1, u64::MAX, 1 << 32] {
+            peer.send(&cancel(call));
+        }
+        peer.send(&announcement(2, "test::hold", "(String) -> bool").bytes());
+        peer.send(&hold_request(7, &key));
+        assert!(gate(&key).wait_arrived(1));
+        for _ in 0..3 {
+            peer.send(&cancel(7));
+        }
+        peer.adds(8);
+        gate(&key).open();
+        // One answer, as to every request.
+        let answer = peer.receive().expect("an answer");
+        assert!(answer.call == 7 && [REPLY, ERROR].contains(&answer.kind));
+        peer.send(&cancel(7));
+        peer.adds(9);
         target.serves_others();
         target.shutdown();
     });

@@ -14,13 +14,15 @@ use farcall_transport::{
 };
 use tokio::runtime::Handle;
 
-use crate::call::{CallTable, Reply, Slot, lock};
+use crate::call::{Origin, Reply, Slot, lock};
 use crate::context::Call;
 use crate::error::Stage;
 use crate::function::{Args, Function};
 use crate::join::{Group, Options};
 use crate::link::{Announcement, Link, call_error, resolve, run};
 use crate::registry::Registry;
+use crate::scope::Scope;
+use crate::table::{CallTable, Window};
 use crate::{CallError, CallId, DeviceMap};
 
 /// How long a dropped agent waits for its threads.
@@ -49,7 +51,7 @@ pub(crate) struct Inner {
     /// `shutdown` has begun.
     pub(crate) left: AtomicBool,
     /// Calls of this worker to itself.
-    local: Mutex<CallTable>,
+    pub(crate) local: Mutex<CallTable>,
     hand_on: Arc<JobCost>,
     routes: OnceLock<Vec<Route>>,
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
@@ -91,7 +93,7 @@ impl Agent {
             group: OnceLock::new(),
             closed: AtomicBool::new(false),
             left: AtomicBool::new(false),
-            local: Mutex::default(),
+            local: Mutex::new(CallTable::new(Window::UNLIMITED)),
             hand_on: Arc::default(),
             routes: OnceLock::new(),
             by_name: OnceLock::new(),
@@ -131,14 +133,14 @@ impl Agent {
 
     /// Chooses the worker to call, by name or rank. Options come next, then [`To::call`].
     pub fn to<'a>(&'a self, worker: impl Into<Target<'a>>) -> To<'a> {
-        To { agent: self, target: worker.into(), deadline: self.0.deadline }
+        To { agent: self, target: worker.into(), deadline: self.0.deadline, within: None }
     }
 
     /// Calls of this agent that wait for a reply.
     pub fn in_flight(&self) -> usize {
         let links =
             self.0.routes().iter().filter_map(|route| lock(&route.current).as_ref().map(|(_, link)| Arc::clone(link)));
-        links.map(|link| link.in_flight()).sum::<usize>() + lock(&self.0.local).len()
+        links.map(|link| link.in_flight()).sum::<usize>() + lock(&self.0.local).waiting()
     }
 
     /// The runtime async handlers run on: the one of [`Options`], or the agent's own, started now.
@@ -232,8 +234,10 @@ impl Inner {
     /// Closes everything, whatever is in flight. Idempotent.
     pub(crate) fn stop(&self, wait: Duration) {
         self.closed.store(true, Ordering::SeqCst);
-        for slot in lock(&self.local).take_all() {
+        let local = lock(&self.local).take_all();
+        for slot in local {
             slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+            slot.stop_handler();
         }
         self.driver.stop(wait);
         if let Some(runtime) = lock(&self.runtime_own).take() {
@@ -259,7 +263,10 @@ impl Service for Acceptor {
     fn on_timer(&self, now: Instant) -> Option<Instant> {
         let agent = self.0.upgrade()?;
         let (overdue, next) = lock(&agent.local).take_overdue(now);
-        overdue.iter().for_each(|slot| slot.expire(Stage::Waiting));
+        for overdue in overdue {
+            overdue.slot.expire(Stage::Waiting);
+            overdue.slot.stop_handler();
+        }
         next
     }
 }
@@ -305,10 +312,19 @@ pub struct To<'a> {
     agent: &'a Agent,
     target: Target<'a>,
     deadline: Duration,
+    /// The call in whose name calls are made.
+    within: Option<&'a Call>,
+}
+
+impl<'a> To<'a> {
+    pub(crate) fn within(self, call: &'a Call) -> Self {
+        Self { within: Some(call), ..self }
+    }
 }
 
 impl To<'_> {
-    /// How long a call waits for its reply. Default: [`Options::deadline`].
+    /// How long a call waits for its reply. Default: [`Options::deadline`]. One that is made by [`Call::to`] waits no longer
+    /// than that call's own caller.
     pub fn deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
@@ -326,6 +342,15 @@ impl To<'_> {
     /// One `send` on an open connection. Tensors above 64 KiB travel on a second connection, opened at the first.
     pub fn call<F: Function, A: Args<F::Args>>(&self, function: F, args: A) -> Reply<F::Output> {
         let _ = function;
+        let reply = self.start::<F, A>(args);
+        if let Some(scope) = self.within.and_then(|call| call.scope.as_ref()) {
+            scope.adopt(reply.slot());
+        }
+        reply
+    }
+
+    fn start<F: Function, A: Args<F::Args>>(&self, args: A) -> Reply<F::Output> {
+        let deadline = self.within.and_then(Call::remaining).map_or(self.deadline, |left| left.min(self.deadline));
         let agent = &self.agent.0;
         let Some(rank) = agent.rank(&self.target) else {
             let target = match self.target {
@@ -334,12 +359,12 @@ impl To<'_> {
             };
             let known = self.agent.workers().map(|info| Arc::clone(&info.id.name)).collect();
             let id = CallId { worker: target.as_str().into(), function: F::NAME };
-            let slot = Slot::new(id, F::SIGNATURE, self.deadline);
+            let slot = Slot::new(id, F::SIGNATURE, deadline);
             slot.complete(Err(CallError::NoSuchWorker { target, known }));
             return Reply::new(slot, None);
         };
         let worker = Arc::clone(&agent.routes()[rank as usize].info.id.name);
-        let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, self.deadline);
+        let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, deadline);
         if agent.closed.load(Ordering::SeqCst) {
             slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
             return Reply::new(slot, None);
@@ -382,22 +407,31 @@ impl To<'_> {
         let named = Announcement { name: F::NAME, signature: F::SIGNATURE };
         let registered = match resolve(&agent.registry, &named) {
             Ok(registered) => registered,
-            Err(failure) => return slot.complete(Err(call_error(slot, failure))),
+            Err(failure) => {
+                slot.complete(Err(call_error(slot, failure)));
+                return;
+            }
         };
+        let scope = Arc::new(Scope::default());
         let cx = Call {
             agent: self.agent.clone(),
             caller: Arc::new(agent.me.clone()),
             function: registered.name,
             deadline: Some(slot.deadline),
+            scope: Some(Arc::clone(&scope)),
         };
         let call = {
             let mut local = lock(&agent.local);
             if agent.closed.load(Ordering::SeqCst) {
                 // `stop` has emptied the table, or waits for this lock to do so.
-                return slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+                slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
+                return;
             }
-            local.insert(Arc::clone(slot))
+            let call = local.insert(Arc::clone(slot));
+            local.admit(call, 0);
+            call
         };
+        slot.set_origin(Origin::Here { agent: Weak::clone(&agent.this), scope, call });
         agent.driver.schedule(slot.deadline);
         let this = Weak::clone(&agent.this);
         // It only hands on; what the handler costs is accounted with the handler.

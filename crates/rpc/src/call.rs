@@ -1,14 +1,14 @@
-//! One call's life on the caller: its slot in the table of its endpoint, and the future that waits for it.
+//! One call's life on the caller: its slot, and the future that waits for it.
 //!
-//! Invariant C1: a slot is completed once; what comes later finds it gone. Invariant C2: every slot in a table has a
-//! deadline, and ends by its reply, its deadline or its endpoint's close. Invariant READY: a [`Reply`] resolves when
+//! Invariant C1: a slot is completed once; what comes later finds it gone. Invariant READY: a [`Reply`] resolves when
 //! every storage of the value is complete; with [`Reply::on`], when the stream waits for them.
 
 use std::fmt;
 use std::future::Future;
 use std::marker::PhantomData;
 use std::pin::Pin;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,10 @@ use farcall_device::{DeviceFuture, Encoded, Fences, Ready, Storages, Stream};
 use farcall_transport::Endpoint;
 use serde::de::DeserializeOwned;
 
+use crate::agent::Inner;
 use crate::error::Stage;
-use crate::link::reached;
+use crate::link::{Link, reached};
+use crate::scope::Scope;
 use crate::{CallError, CallId};
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -48,8 +50,18 @@ pub(crate) struct Slot {
     pub(crate) signature: &'static str,
     pub(crate) after: Duration,
     pub(crate) deadline: Instant,
+    /// It took its place on the wire.
+    sent: AtomicBool,
+    /// Where it was sent, once it is in a table.
+    origin: OnceLock<Origin>,
     state: Mutex<State>,
     parked: Condvar,
+}
+
+/// Who works on a call, and under which number.
+pub(crate) enum Origin {
+    Peer { link: Weak<Link>, endpoint: Weak<Endpoint>, call: u64 },
+    Here { agent: Weak<Inner>, scope: Arc<Scope>, call: u64 },
 }
 
 impl Slot {
@@ -61,16 +73,32 @@ impl Slot {
             signature,
             after,
             deadline,
+            sent: AtomicBool::new(false),
+            origin: OnceLock::new(),
             state: Mutex::new(State::Waiting(None)),
             parked: Condvar::new(),
         })
     }
 
-    /// Sets the outcome, unless there is one (C1), and wakes the waiter.
-    pub(crate) fn complete(&self, outcome: Result<Encoded, CallError>) {
+    pub(crate) fn set_sent(&self) {
+        self.sent.store(true, Ordering::Relaxed);
+    }
+
+    /// How far the call has come, on an endpoint that has come to `reached`.
+    fn stage(&self, reached: Stage) -> Stage {
+        if reached == Stage::Waiting && !self.sent.load(Ordering::Relaxed) { Stage::Queued } else { reached }
+    }
+
+    pub(crate) fn set_origin(&self, origin: Origin) {
+        // A call is made once.
+        let _ = self.origin.set(origin);
+    }
+
+    /// Sets the outcome and wakes the waiter; `false` if there is an outcome already (C1).
+    pub(crate) fn complete(&self, outcome: Result<Encoded, CallError>) -> bool {
         let mut state = lock(&self.state);
         if !state.is_waiting() {
-            return;
+            return false;
         }
         let before = std::mem::replace(&mut *state, State::Done(outcome));
         drop(state);
@@ -79,10 +107,41 @@ impl Slot {
             State::Parked => self.parked.notify_one(),
             _ => {}
         }
+        true
     }
 
-    pub(crate) fn expire(&self, stage: Stage) {
-        self.complete(Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage }));
+    /// Nobody waits for the value any more: whoever works on it is told. Nothing, if there is an outcome.
+    pub(crate) fn cancel(&self) {
+        if !self.complete(Err(CallError::Cancelled { call: self.id.clone() })) {
+            return;
+        }
+        match self.origin.get() {
+            Some(Origin::Peer { link, endpoint, call }) => {
+                if let (Some(link), Some(endpoint)) = (link.upgrade(), endpoint.upgrade()) {
+                    link.abandon(&endpoint, *call);
+                }
+            }
+            Some(Origin::Here { agent, call, .. }) => {
+                if let Some(agent) = agent.upgrade() {
+                    let slot = lock(&agent.local).remove(*call);
+                    drop(slot);
+                }
+                self.stop_handler();
+            }
+            None => {}
+        }
+    }
+
+    /// Cancels the handler of a call to oneself.
+    pub(crate) fn stop_handler(&self) {
+        if let Some(Origin::Here { scope, .. }) = self.origin.get() {
+            scope.cancel();
+        }
+    }
+
+    pub(crate) fn expire(&self, reached: Stage) {
+        let stage = self.stage(reached);
+        let _ = self.complete(Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage }));
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -107,14 +166,15 @@ impl Slot {
     }
 
     /// Sleeps until the outcome is there, at most until the deadline.
-    fn park(&self, stage: impl Fn() -> Stage) -> Result<Encoded, CallError> {
+    fn park(&self, reached: impl Fn() -> Stage) -> Result<Encoded, CallError> {
         let mut state = lock(&self.state);
         while state.is_waiting() {
             *state = State::Parked;
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 *state = State::Taken;
-                return Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage: stage() });
+                let stage = self.stage(reached());
+                return Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage });
             }
             state = match self.parked.wait_timeout(state, left) {
                 Ok((state, _)) => state,
@@ -128,78 +188,29 @@ impl Slot {
     }
 }
 
-/// The calls that wait for replies on one endpoint.
-///
-/// An id is an index and a generation, so that a reply that comes after its call's end meets no other call.
-#[derive(Default)]
-pub(crate) struct CallTable {
-    entries: Vec<(u32, Option<Arc<Slot>>)>,
-    free: Vec<u32>,
-}
-
-impl CallTable {
-    pub(crate) fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
-    }
-
-    pub(crate) fn insert(&mut self, slot: Arc<Slot>) -> u64 {
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.entries.push((0, None));
-            (self.entries.len() - 1) as u32
-        });
-        let (generation, entry) = &mut self.entries[index as usize];
-        *entry = Some(slot);
-        u64::from(*generation) << 32 | u64::from(index)
-    }
-
-    pub(crate) fn remove(&mut self, call: u64) -> Option<Arc<Slot>> {
-        let (generation, entry) = self.entries.get_mut(call as u32 as usize)?;
-        if u64::from(*generation) != call >> 32 {
-            return None;
-        }
-        let slot = entry.take()?;
-        *generation = generation.wrapping_add(1);
-        self.free.push(call as u32);
-        Some(slot)
-    }
-
-    /// Takes the calls whose deadline has passed; gives the next deadline (C2).
-    pub(crate) fn take_overdue(&mut self, now: Instant) -> (Vec<Arc<Slot>>, Option<Instant>) {
-        let mut overdue = Vec::new();
-        let mut next: Option<Instant> = None;
-        for index in 0..self.entries.len() {
-            let (generation, Some(slot)) = &self.entries[index] else { continue };
-            let deadline = slot.deadline;
-            if deadline <= now {
-                let call = u64::from(*generation) << 32 | index as u64;
-                overdue.extend(self.remove(call));
-            } else {
-                next = Some(next.map_or(deadline, |next| next.min(deadline)));
-            }
-        }
-        (overdue, next)
-    }
-
-    pub(crate) fn take_all(&mut self) -> Vec<Arc<Slot>> {
-        let slots = self.entries.iter_mut().filter_map(|(_, slot)| slot.take()).collect();
-        self.entries.clear();
-        self.free.clear();
-        slots
-    }
-}
-
 /// A call that was sent: a future of its value.
 ///
 /// Awaited, it resolves when every storage of the value is complete; [`Reply::on`] hands the value over as soon as it
 /// is ordered on a stream; [`Reply::wait`] blocks the thread and reads the connection itself, which is the fastest way
 /// to wait for one call.
 /// # Cancel safety
-/// Dropping it abandons the value; the handler runs on. Nothing else is lost.
+/// Dropping it cancels the call: one that was not sent is not, a handler that did not start does not, an async handler is
+/// dropped at its next `.await`, and calls that they made by [`Call::to`](crate::Call::to) are cancelled, too. A sync handler
+/// that runs is only told. [`Reply::detach`] lets the call go on.
 #[must_use = "a call's failure is seen only by waiting for its reply"]
 pub struct Reply<T> {
     slot: Arc<Slot>,
     endpoint: Option<Arc<Endpoint>>,
+    detached: bool,
     value: PhantomData<fn() -> T>,
+}
+
+impl<T> Drop for Reply<T> {
+    fn drop(&mut self) {
+        if !self.detached {
+            self.slot.cancel();
+        }
+    }
 }
 
 impl<T> fmt::Debug for Reply<T> {
@@ -210,7 +221,16 @@ impl<T> fmt::Debug for Reply<T> {
 
 impl<T: DeserializeOwned> Reply<T> {
     pub(crate) fn new(slot: Arc<Slot>, endpoint: Option<Arc<Endpoint>>) -> Self {
-        Self { slot, endpoint, value: PhantomData }
+        Self { slot, endpoint, detached: false, value: PhantomData }
+    }
+
+    pub(crate) fn slot(&self) -> &Arc<Slot> {
+        &self.slot
+    }
+
+    /// Lets the call go on without a waiter: its value and its failure are nobody's.
+    pub fn detach(mut self) {
+        self.detached = true;
     }
 
     /// Whether waiting would return at once.
@@ -336,32 +356,6 @@ mod tests {
         slot.expire(Stage::Waiting);
         slot.complete(Ok(empty()));
         assert!(matches!(slot.park(|| Stage::Waiting), Err(CallError::Deadline { .. })));
-    }
-
-    #[test]
-    fn a_late_reply_meets_no_later_call() {
-        let mut table = CallTable::default();
-        let first = table.insert(slot(Duration::from_secs(5)));
-        assert!(table.remove(first).is_some());
-        let second = table.insert(slot(Duration::from_secs(5)));
-        assert_eq!(first as u32, second as u32, "the index is used again");
-        assert!(table.remove(first).is_none());
-        assert!(table.remove(u64::MAX).is_none());
-        assert_eq!(table.len(), 1);
-    }
-
-    /// C2: the overdue ones are taken, the next deadline is that of the earliest left.
-    #[test]
-    fn overdue_calls_are_taken_and_the_next_deadline_is_known() {
-        let mut table = CallTable::default();
-        let slots: Vec<_> = [3_u64, 1, 2].map(|secs| slot(Duration::from_secs(secs))).into();
-        for slot in &slots {
-            table.insert(Arc::clone(slot));
-        }
-        let (overdue, next) = table.take_overdue(slots[1].deadline);
-        assert!(overdue.len() == 1 && Arc::ptr_eq(&overdue[0], &slots[1]));
-        assert_eq!(next, Some(slots[2].deadline));
-        assert_eq!(table.take_all().len(), 2);
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use farcall_device::{Device, DeviceError, Stream};
 use farcall_transport::WorkerId;
 
-use crate::Agent;
+use crate::scope::Scope;
+use crate::{Agent, Target, To};
 
 /// The call a handler serves: who called, until when, and streams to work on.
 #[derive(Clone, Debug)]
@@ -15,6 +16,8 @@ pub struct Call {
     pub(crate) caller: Arc<WorkerId>,
     pub(crate) function: &'static str,
     pub(crate) deadline: Option<Instant>,
+    /// `None` for inline handlers, which end before anybody could cancel them.
+    pub(crate) scope: Option<Arc<Scope>>,
 }
 
 impl Call {
@@ -23,7 +26,19 @@ impl Call {
         &self.caller
     }
 
-    /// This worker's agent, for calls of its own.
+    /// Chooses a worker to call in the name of this call: what is left of its deadline bounds the new call's, and with it that
+    /// one is cancelled, too.
+    pub fn to<'a>(&'a self, worker: impl Into<Target<'a>>) -> To<'a> {
+        self.agent.to(worker).within(self)
+    }
+
+    /// Whether nobody waits for the value any more: the caller has dropped the reply's future, or is gone, or its deadline has
+    /// passed. An async handler is dropped then, at its next `.await`; a sync one that computes for long should ask.
+    pub fn is_cancelled(&self) -> bool {
+        self.scope.as_ref().is_some_and(|scope| scope.is_cancelled())
+    }
+
+    /// This worker's agent, for calls that go on whatever becomes of this one.
     pub fn agent(&self) -> &Agent {
         &self.agent
     }

@@ -81,6 +81,7 @@ pub(crate) enum Failure {
     Handler(RemoteError),
     Panicked { message: String },
     Reply { message: String },
+    Cancelled,
 }
 
 /// How far a call had come when it failed.
@@ -89,6 +90,8 @@ pub(crate) enum Failure {
 pub enum Stage {
     /// No connection to the worker yet.
     Connecting,
+    /// Not sent yet: its tensors are not ready, or earlier calls fill what may be on the wire to that worker.
+    Queued,
     /// Sent, or queued behind other frames; no answer yet.
     Waiting,
 }
@@ -97,6 +100,7 @@ impl fmt::Display for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Connecting => "connecting",
+            Self::Queued => "waiting to be sent, behind its tensors or earlier calls",
             Self::Waiting => "waiting for the reply",
         })
     }
@@ -143,7 +147,10 @@ pub enum CallError {
     /// The handler's value could not be sent or read.
     #[error("{call}: reply: {message}")]
     BadReply { call: CallId, message: String },
-    /// No reply in time. The handler may still run.
+    /// The call that made this one was cancelled, or lost its caller.
+    #[error("{call}: cancelled, as nobody waits for its value any more")]
+    Cancelled { call: CallId },
+    /// No reply in time. The handler is told, but may run on.
     #[error("{call}: deadline of {after:?} passed while {stage}")]
     Deadline { call: CallId, after: Duration, stage: Stage },
     /// The worker died, was cut off, shut down or never answered.

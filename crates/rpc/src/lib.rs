@@ -5,6 +5,8 @@
 //! - [`Reply`]: a call's value to come. [`CallError`]: why there is none.
 //! - [`Call`]: what a handler knows of the call it serves.
 //!
+//! Dropping a call's future cancels the call, at its callee and down the chain of calls that [`Call::to`] makes.
+//!
 //! Invariants, named where they are kept: READY (a value is reached when its storages are complete), ONCE (a request is
 //! sent once; nothing retries it), REGISTERED (only registered functions run), BOUNDED (every call, join and shutdown
 //! has a deadline), C1 and C2 (a call has one outcome, and has one in time).
@@ -18,6 +20,8 @@ mod function;
 mod join;
 mod link;
 mod registry;
+mod scope;
+mod table;
 
 pub use agent::{Agent, Target, To};
 pub use call::{Reply, ReplyFuture};

@@ -1,5 +1,8 @@
 //! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
 
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::future::poll_fn;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -7,17 +10,20 @@ use std::time::{Duration, Instant};
 use farcall_device::Encoded;
 use farcall_transport::frame::Kind;
 use farcall_transport::{
-    CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, WorkerId, stage,
+    CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, Unanswered, WorkerId,
+    stage,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, Inner, Interned};
-use crate::call::{CallTable, Slot, lock};
+use crate::call::{Origin, Slot, lock};
 use crate::context::Call;
 use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
-use crate::function::HandlerKind;
+use crate::function::{AnswerFuture, HandlerKind};
 use crate::registry::{Registered, Registry};
+use crate::scope::Scope;
+use crate::table::{Abandoned, CallTable, Overdue, Window};
 use crate::{CallError, CallId};
 
 /// Functions one peer may announce on one connection.
@@ -40,24 +46,88 @@ pub(crate) struct Link {
     agent: Weak<Inner>,
     worker: Arc<WorkerId>,
     devices: DeviceMap,
-    calls: Mutex<CallTable>,
+    calls: Mutex<Calls>,
     functions: Mutex<Vec<Option<Target>>>,
+    serving: Arc<Serving>,
+}
+
+/// The calls of this side.
+struct Calls {
+    table: CallTable,
+    /// Requests for which the window has no room yet, in the order in which they were made.
+    queue: VecDeque<Request>,
+}
+
+/// A request that is fit to be sent.
+struct Request {
+    slot: Arc<Slot>,
+    call: u64,
+    function: Arc<Interned>,
+    metadata: Vec<u8>,
+    staged: Staged,
+}
+
+impl Request {
+    /// What it takes of the window.
+    fn bytes(&self) -> u64 {
+        self.staged.tensors.iter().map(|tensor| tensor.layout().size_bytes() as u64).sum()
+    }
+}
+
+/// The calls of the peer that are worked on here, without those of inline handlers: they are answered where they are read.
+#[derive(Default)]
+struct Serving(Mutex<Served>);
+
+#[derive(Default)]
+struct Served {
+    open: HashMap<u64, Arc<Scope>>,
+    /// Cancelled while their payload was on its way.
+    cancelled_early: HashSet<u64>,
+}
+
+impl Serving {
+    /// A request has come: the scope of its handler.
+    fn begin(&self, call: u64, max: usize) -> Result<Arc<Scope>, ProtocolError> {
+        let mut served = lock(&self.0);
+        if served.open.len() >= max {
+            let (what, max) = ("unanswered requests", max as u64);
+            return Err(ProtocolError::Limit { what, found: max + 1, max });
+        }
+        let scope = Arc::new(Scope::default());
+        if served.open.insert(call, Arc::clone(&scope)).is_some() {
+            let message = format!("call {call} was made twice");
+            return Err(ProtocolError::Malformed { what: "request", message });
+        }
+        if served.cancelled_early.remove(&call) {
+            scope.cancel();
+        }
+        Ok(scope)
+    }
+
+    fn end(&self, call: u64) {
+        let scope = lock(&self.0).open.remove(&call);
+        drop(scope);
+    }
 }
 
 impl Link {
     pub(crate) fn new(agent: &Weak<Inner>, worker: WorkerId) -> Arc<Self> {
+        let upgraded = agent.upgrade();
+        let limits = upgraded.as_ref().map(|agent| agent.driver.config().limits.clone()).unwrap_or_default();
+        let window = Window { requests: limits.requests_max, bytes: limits.request_bytes_max };
         Arc::new(Self {
             agent: Weak::clone(agent),
-            devices: agent.upgrade().map(|agent| agent.device_map(&worker.name)).unwrap_or_default(),
+            devices: upgraded.map(|agent| agent.device_map(&worker.name)).unwrap_or_default(),
             worker: Arc::new(worker),
-            calls: Mutex::default(),
+            calls: Mutex::new(Calls { table: CallTable::new(window), queue: VecDeque::new() }),
             functions: Mutex::default(),
+            serving: Arc::default(),
         })
     }
 
     /// Calls that wait for a reply.
     pub(crate) fn in_flight(&self) -> usize {
-        lock(&self.calls).len()
+        lock(&self.calls).table.waiting()
     }
 
     /// Sends a request once its tensors are ready; its outcome, a failure to send included, arrives in `slot`.
@@ -73,69 +143,114 @@ impl Link {
         let Encoded { metadata, tensors } = encoded;
         let mut staged = match stage(&endpoint.driver().config().runtime, tensors) {
             Ok(staged) => staged,
-            Err(error) => return slot.complete(Err(error.into())),
+            Err(error) => {
+                slot.complete(Err(error.into()));
+                return;
+            }
         };
         for device in &mut staged.devices {
             let Some(there) = self.devices.there(*device) else {
                 let (call, map) = (slot.id.clone(), self.devices.clone());
-                return slot.complete(Err(CallError::Unmapped { call, device: *device, map }));
+                slot.complete(Err(CallError::Unmapped { call, device: *device, map }));
+                return;
             };
             *device = there;
         }
         let call = {
             let mut calls = lock(&self.calls);
-            let in_flight = calls.len();
+            let in_flight = calls.table.len();
             if in_flight >= CALLS_MAX {
-                return slot.complete(Err(CallError::Overloaded { call: slot.id.clone(), in_flight }));
+                slot.complete(Err(CallError::Overloaded { call: slot.id.clone(), in_flight }));
+                return;
             }
-            calls.insert(Arc::clone(slot))
+            calls.table.insert(Arc::clone(slot))
         };
+        let (link, to) = (Arc::downgrade(self), Arc::downgrade(endpoint));
+        slot.set_origin(Origin::Peer { link, endpoint: to, call });
         endpoint.driver().schedule(slot.deadline);
-        if staged.pending.is_empty() {
-            return self.send_request(endpoint, slot, function, call, &metadata, &staged);
+        let pending = std::mem::take(&mut staged.pending);
+        let request = Request { slot: Arc::clone(slot), call, function: Arc::clone(function), metadata, staged };
+        if pending.is_empty() {
+            return self.send_request(endpoint, request);
         }
         let (link, endpoint) = (Arc::clone(self), Arc::clone(endpoint));
-        let (slot, function) = (Arc::clone(slot), Arc::clone(function));
-        let pending = std::mem::take(&mut staged.pending);
         pending.on_ready(move |ready| match ready {
-            Ok(()) if !slot.is_done() => link.send_request(&endpoint, &slot, &function, call, &metadata, &staged),
-            // Its deadline passed, or the endpoint closed.
+            Ok(()) if !request.slot.is_done() => link.send_request(&endpoint, request),
+            // Its deadline passed, it was cancelled, or the endpoint closed.
             Ok(()) => {}
             Err(error) => {
-                lock(&link.calls).remove(call);
-                slot.complete(Err(error.into()));
+                lock(&link.calls).table.remove(call);
+                request.slot.complete(Err(error.into()));
             }
         });
     }
 
-    fn send_request(
-        &self,
-        endpoint: &Arc<Endpoint>,
-        slot: &Arc<Slot>,
-        function: &Interned,
-        call: u64,
-        metadata: &[u8],
-        staged: &Staged,
-    ) {
+    /// Sends the request if there is room in the window, behind those that wait for some already; else it waits, too.
+    fn send_request(&self, endpoint: &Arc<Endpoint>, request: Request) {
+        let (slot, call) = (Arc::clone(&request.slot), request.call);
+        let admitted = {
+            let mut calls = lock(&self.calls);
+            if calls.queue.is_empty() && calls.table.admit(call, request.bytes()) {
+                Some(request)
+            } else {
+                calls.queue.push_back(request);
+                None
+            }
+        };
+        if let Some(request) = admitted {
+            self.transmit(endpoint, &request);
+        }
+        if let Some(cause) = endpoint.closed() {
+            // Closed between the insertion and now: `on_closed` may have run before it.
+            lock(&self.calls).table.remove(call);
+            slot.complete(Err(lost(&slot.id, endpoint, cause)));
+        }
+    }
+
+    fn transmit(&self, endpoint: &Arc<Endpoint>, request: &Request) {
+        let Request { slot, call, function, metadata, staged } = request;
         let left = slot.deadline.saturating_duration_since(Instant::now());
-        let request = Outbound {
+        let outbound = Outbound {
             kind: Kind::Request,
-            call,
+            call: *call,
             function: function.id,
             deadline_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX).max(1),
             metadata,
             tensors: &staged.tensors,
             devices: &staged.devices,
         };
-        if let Err(error) = endpoint.send_to_function(&request, &function.announcement) {
+        if let Err(error) = endpoint.send_to_function(&outbound, &function.announcement) {
             // Its close may have taken the slot already; a slot is completed once.
-            lock(&self.calls).remove(call);
+            lock(&self.calls).table.remove(*call);
             slot.complete(Err(send_error(&slot.id, endpoint, error)));
         }
-        if let Some(cause) = endpoint.closed() {
-            // Closed between the insertion and now: `on_closed` may have run before it.
-            lock(&self.calls).remove(call);
-            slot.complete(Err(lost(&slot.id, endpoint, cause)));
+    }
+
+    /// Sends what waits, as far as the window lets it.
+    fn send_queued(&self, endpoint: &Arc<Endpoint>) {
+        loop {
+            let request = {
+                let mut calls = lock(&self.calls);
+                let Calls { table, queue } = &mut *calls;
+                match queue.front() {
+                    Some(next) if table.admit(next.call, next.bytes()) => queue.pop_front(),
+                    _ => None,
+                }
+            };
+            match request {
+                // Nobody waits for it any more: it took no place.
+                Some(request) if request.slot.is_done() => {}
+                Some(request) => self.transmit(endpoint, &request),
+                None => return,
+            }
+        }
+    }
+
+    /// Nobody waits for the call's answer any more.
+    pub(crate) fn abandon(&self, endpoint: &Arc<Endpoint>, call: u64) {
+        let abandoned = lock(&self.calls).table.abandon(call);
+        if abandoned == Abandoned::Sent {
+            send_cancel(endpoint, call);
         }
     }
 
@@ -162,7 +277,9 @@ impl Link {
             let message = format!("request for function id {}, which was not announced", frame.function);
             return Err(ProtocolError::Malformed { what: "request", message });
         };
-        let reply = ReplyTo { endpoint: Arc::clone(endpoint), call: frame.call, answered: false };
+        let unanswered = std::mem::take(&mut frame.unanswered);
+        let endpoint = Arc::clone(endpoint);
+        let mut reply = ReplyTo { endpoint, call: frame.call, answered: false, unanswered, serving: None };
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
         let registered = match target {
             Ok(registered) => registered,
@@ -175,8 +292,14 @@ impl Link {
             reply.send(Err(Failure::BadArguments { message }), Some(turn));
             return Ok(());
         }
+        let mut scope = None;
+        if !registered.inline {
+            scope = Some(self.serving.begin(frame.call, agent.driver.config().limits.requests_max)?);
+            reply.serving = Some(Arc::clone(&self.serving));
+        }
         let cx = Call {
             agent: Agent::from_inner(agent),
+            scope,
             caller: Arc::clone(&self.worker),
             function: registered.name,
             deadline: (frame.deadline_us > 0).then(|| Instant::now() + Duration::from_micros(frame.deadline_us)),
@@ -184,6 +307,22 @@ impl Link {
         let encoded = Encoded { metadata: frame.metadata, tensors: frame.tensors };
         run(registered, cx, encoded, turn, move |answer, turn| reply.send(answer, turn));
         Ok(())
+    }
+
+    /// Nobody waits for that call: not begun, it will not be; an async handler ends.
+    fn on_cancel(&self, endpoint: &Endpoint, call: u64) {
+        let scope = {
+            let mut served = lock(&self.serving.0);
+            let scope = served.open.get(&call).cloned();
+            if scope.is_none() && endpoint.is_receiving(call) {
+                served.cancelled_early.insert(call);
+            }
+            scope
+        };
+        // Answered meanwhile, if there is none: the two have crossed.
+        if let Some(scope) = scope {
+            scope.cancel();
+        }
     }
 
     /// Puts a result's tensors where the map's inverse says.
@@ -196,9 +335,16 @@ impl Link {
         place(&endpoint.driver().config().runtime, &mut frame.tensors, &frame.devices)
     }
 
-    fn on_answer(&self, endpoint: &Endpoint, mut frame: Frame) -> Result<(), ProtocolError> {
-        // Gone: its deadline passed. The late answer is nobody's.
-        let Some(slot) = lock(&self.calls).remove(frame.call) else { return Ok(()) };
+    fn on_answer(&self, endpoint: &Arc<Endpoint>, mut frame: Frame) -> Result<(), ProtocolError> {
+        let (slot, waiting) = {
+            let mut calls = lock(&self.calls);
+            (calls.table.settle(frame.call), !calls.queue.is_empty())
+        };
+        if waiting {
+            self.send_queued(endpoint);
+        }
+        // Abandoned: the late answer is nobody's.
+        let Some(slot) = slot else { return Ok(()) };
         let outcome = if let Err(message) = self.place_result(endpoint, &mut frame) {
             Err(CallError::BadReply { call: slot.id.clone(), message })
         } else if frame.kind == Kind::Reply {
@@ -236,6 +382,9 @@ where
             reply(answer, Some(turn));
         }
         HandlerKind::Sync(_) => turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
+            if cx.is_cancelled() {
+                return reply(Err(Failure::Cancelled), Some(turn));
+            }
             let HandlerKind::Sync(handler) = &registered.handler.0 else { unreachable!("matched above") };
             let answer = handler(&cx, encoded);
             reply(answer, Some(turn));
@@ -246,6 +395,10 @@ where
                 Ok(runtime) => runtime,
                 Err(message) => return reply(Err(Failure::Panicked { message }), Some(turn)),
             };
+            if cx.is_cancelled() {
+                return reply(Err(Failure::Cancelled), Some(turn));
+            }
+            let scope = cx.scope.clone();
             // The handler's first statements may use the runtime, too.
             let entered = runtime.enter();
             let mut future = handler(cx, encoded);
@@ -254,10 +407,30 @@ where
             drop(entered);
             match first {
                 Poll::Ready(answer) => reply(answer, Some(turn)),
-                Poll::Pending => drop(runtime.spawn(async move { reply(future.await, None) })),
+                Poll::Pending => drop(runtime.spawn(async move { reply(unless_cancelled(future, scope).await, None) })),
             }
         })),
     }
+}
+
+/// The future's answer, unless the call is cancelled: then the future is dropped.
+async fn unless_cancelled(future: AnswerFuture, scope: Option<Arc<Scope>>) -> Result<Encoded, Failure> {
+    let mut future = Some(future);
+    poll_fn(|cx| {
+        let cancelled = scope.as_ref().is_some_and(|scope| scope.register(cx.waker()));
+        match &mut future {
+            Some(running) if !cancelled => running.as_mut().poll(cx),
+            _ => {
+                // Its own calls hear of it by its end, if not by the scope.
+                let ended = catch_unwind(AssertUnwindSafe(|| drop(future.take())));
+                if ended.is_err() {
+                    tracing::error!("a handler panicked while it was cancelled");
+                }
+                Poll::Ready(Err(Failure::Cancelled))
+            }
+        }
+    })
+    .await
 }
 
 /// The one answer to a request.
@@ -265,6 +438,9 @@ struct ReplyTo {
     endpoint: Arc<Endpoint>,
     call: u64,
     answered: bool,
+    unanswered: Unanswered,
+    /// Where the call is listed while it is worked on.
+    serving: Option<Arc<Serving>>,
 }
 
 impl Drop for ReplyTo {
@@ -318,7 +494,7 @@ impl ReplyTo {
         self.send_failure(&Failure::Reply { message: error.to_string() }, None);
     }
 
-    fn send_failure(&self, failure: &Failure, turn: Option<&mut Turn>) {
+    fn send_failure(&mut self, failure: &Failure, turn: Option<&mut Turn>) {
         let metadata = match postcard::to_stdvec(failure) {
             Ok(metadata) => metadata,
             Err(error) => unreachable!("plain enums always encode: {error}"),
@@ -331,13 +507,18 @@ impl ReplyTo {
                 let short = Failure::Reply { message: format!("its error could not be sent: {error}") };
                 if let Ok(metadata) = postcard::to_stdvec(&short) {
                     let outbound = Outbound { call: self.call, ..Outbound::new(Kind::Error, &metadata) };
-                    drop(self.endpoint.send(&outbound));
+                    drop(self.send_frame(&outbound, None));
                 }
             }
         }
     }
 
-    fn send_frame(&self, outbound: &Outbound<'_>, turn: Option<&mut Turn>) -> Result<(), TransferError> {
+    fn send_frame(&mut self, outbound: &Outbound<'_>, turn: Option<&mut Turn>) -> Result<(), TransferError> {
+        // Before the answer leaves: its caller may fill the place at once.
+        drop(std::mem::take(&mut self.unanswered));
+        if let Some(serving) = self.serving.take() {
+            serving.end(self.call);
+        }
         match turn {
             Some(turn) => self.endpoint.send_in(outbound, turn),
             None => self.endpoint.send(outbound),
@@ -354,7 +535,13 @@ pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
         Failure::Handler(error) => CallError::Remote { call, error },
         Failure::Panicked { message } => CallError::Panicked { call, message },
         Failure::Reply { message } => CallError::BadReply { call, message },
+        Failure::Cancelled => CallError::Cancelled { call },
     }
+}
+
+/// Best effort: an endpoint that is closed, or closes now, tells its peer more than this.
+fn send_cancel(endpoint: &Arc<Endpoint>, call: u64) {
+    drop(endpoint.send(&Outbound { call, ..Outbound::new(Kind::Cancel, &[]) }));
 }
 
 fn send_error(call: &CallId, endpoint: &Endpoint, error: TransferError) -> CallError {
@@ -385,14 +572,26 @@ impl Peer for Link {
             Kind::Request => self.on_request(endpoint, frame, turn),
             Kind::Reply | Kind::Error => self.on_answer(endpoint, frame),
             Kind::Function => self.on_announcement(&frame),
+            Kind::Cancel => {
+                self.on_cancel(endpoint, frame.call);
+                Ok(())
+            }
             kind => Err(ProtocolError::Unexpected { kind, expected: "a frame of a call" }),
         }
     }
 
     fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>) {
-        for slot in lock(&self.calls).take_all() {
+        let (slots, queue) = {
+            let mut calls = lock(&self.calls);
+            (calls.table.take_all(), std::mem::take(&mut calls.queue))
+        };
+        for slot in slots {
             slot.complete(Err(lost(&slot.id, endpoint, cause)));
         }
+        drop(queue);
+        // Nobody waits for the answers: the handlers need not go on.
+        let scopes = std::mem::take(&mut lock(&self.serving.0).open);
+        scopes.values().for_each(|scope| scope.cancel());
         if let Some(agent) = self.agent.upgrade() {
             agent.forget(&self.worker, endpoint);
         }
@@ -405,9 +604,23 @@ impl Peer for Link {
     }
 
     fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant> {
-        let (overdue, next) = lock(&self.calls).take_overdue(now);
-        for slot in overdue {
+        let (overdue, next) = lock(&self.calls).table.take_overdue(now);
+        let mut queued = false;
+        for Overdue { slot, call, abandoned } in overdue {
             slot.expire(reached(endpoint));
+            match abandoned {
+                Abandoned::Sent => send_cancel(endpoint, call),
+                Abandoned::NotSent => queued = true,
+                Abandoned::Over => {}
+            }
+        }
+        if queued {
+            // What they hold goes now, not when their turn would have come.
+            let mut calls = lock(&self.calls);
+            let (ended, left) = calls.queue.drain(..).partition(|request: &Request| request.slot.is_done());
+            calls.queue = left;
+            drop(calls);
+            drop::<VecDeque<Request>>(ended);
         }
         next
     }

@@ -57,6 +57,13 @@ pub struct Limits {
     pub inline_bytes_max: u64,
     /// Payload of one chunk on the bulk connection, bytes. Default 4 MiB.
     pub chunk_bytes_max: u64,
+    /// Requests of one peer that are not answered. More wait at the caller. Default 4,096.
+    pub requests_max: usize,
+    /// Tensor bytes of one peer's requests that are not answered, unless it is a single request. More wait at the caller.
+    /// Default 4 GiB.
+    pub request_bytes_max: u64,
+    /// Bytes that wait to be taken by one peer, beside tensors: from then on nothing is read from it. Default 64 MiB.
+    pub backlog_bytes_max: usize,
 }
 
 impl Default for Limits {
@@ -68,6 +75,9 @@ impl Default for Limits {
             tensor_bytes_max: 8 << 30,
             inline_bytes_max: 64 << 10,
             chunk_bytes_max: 4 << 20,
+            requests_max: 4096,
+            request_bytes_max: 4 << 30,
+            backlog_bytes_max: 64 << 20,
         }
     }
 }

@@ -8,6 +8,8 @@
 //! Invariant E1: `close` runs once; every waiter hears of it through [`Peer::on_closed`].
 //! Invariant R1: payload above the inline limit travels on the bulk connection, in chunks taken from its transfers in
 //! turn; control frames never wait for it.
+//! Invariant LIMITS: a peer that does not take what it is sent is not read either, and lost if it takes nothing for as long as
+//! it may be silent.
 //! Invariant BOUNDED: each side sends a ping with every heartbeat of its own, whatever else it does or computes; a peer of which
 //! nothing was heard for four of them, on either connection, is lost.
 //! Lock order: `rx` → (`transfers`, `bulk_rx`) and `tx` → `bulk`; `interest` is innermost.
@@ -80,6 +82,10 @@ pub struct Endpoint {
     bulk_stalled: AtomicBool,
     /// The last heartbeat of this side before bytes of the peer came.
     heard: AtomicU32,
+    /// The last heartbeat of this side before the peer took bytes.
+    took: AtomicU32,
+    /// Nothing is read, since the peer does not take what it is sent.
+    paused: AtomicBool,
     opened_at: Instant,
     remote: OnceLock<WorkerInfo>,
     peer: OnceLock<Arc<dyn Peer>>,
@@ -164,6 +170,8 @@ impl Endpoint {
             transfers: Mutex::default(),
             bulk_stalled: AtomicBool::new(false),
             heard: AtomicU32::new(driver.beats()),
+            took: AtomicU32::new(driver.beats()),
+            paused: AtomicBool::new(false),
             opened_at: Instant::now(),
             remote: OnceLock::new(),
             peer: OnceLock::new(),
@@ -253,6 +261,9 @@ impl Endpoint {
                 return Err(error.into());
             }
         };
+        if tx.wire.len() - tx.sent > config.limits.backlog_bytes_max && !self.paused.swap(true, Ordering::AcqRel) {
+            self.control.want(&self.driver, EventFlags::IN, false);
+        }
         let queued = if bulk.is_empty() { Ok(()) } else { self.queue_bulk(&mut tx, bulk) };
         let sent = queued.and_then(|()| {
             if flush && self.status() == Status::Open { self.write_control(&mut tx).map_err(lost) } else { Ok(()) }
@@ -297,7 +308,10 @@ impl Endpoint {
     fn write_control(&self, tx: &mut Tx) -> Result<(), Errno> {
         while tx.sent < tx.wire.len() {
             match tcp::send(self.control.socket(), &[IoSlice::new(&tx.wire[tx.sent..])])? {
-                Progress::Bytes(len) => tx.sent += len,
+                Progress::Bytes(len) => {
+                    tx.sent += len;
+                    self.took.store(self.driver.beats(), Ordering::Relaxed);
+                }
                 Progress::WouldBlock | Progress::Ended => {
                     if tx.sent > WIRE_KEPT_BYTES && tx.sent > tx.wire.len() / 2 {
                         // A connection that never quite empties must not grow with its traffic.
@@ -305,6 +319,9 @@ impl Endpoint {
                         tx.sent = 0;
                     }
                     self.control.want(&self.driver, EventFlags::OUT, true);
+                    if tx.wire.len() - tx.sent < self.driver.config().limits.backlog_bytes_max / 2 {
+                        self.resume();
+                    }
                     return Ok(());
                 }
             }
@@ -313,7 +330,21 @@ impl Endpoint {
         tx.wire.shrink_to(WIRE_KEPT_BYTES);
         tx.sent = 0;
         self.control.want(&self.driver, EventFlags::OUT, false);
+        self.resume();
         Ok(())
+    }
+
+    /// The peer takes what it is sent: its frames are read again. Called under `tx`.
+    fn resume(&self) {
+        if self.paused.load(Ordering::Relaxed) {
+            self.paused.store(false, Ordering::Release);
+            self.control.want(&self.driver, EventFlags::IN, true);
+        }
+    }
+
+    /// The call's request is on its way in: its frame has come, its bulk payload has not.
+    pub fn is_receiving(&self, call: u64) -> bool {
+        lock(&self.transfers).has_request(call)
     }
 
     // ---- receiving ----
@@ -395,6 +426,14 @@ impl Endpoint {
 
     /// Reads once, and hands on what came. With [`Wait::Tick`] it sleeps for the first byte.
     fn read_control(self: &Arc<Self>, rx: &mut Receiver, wait: Wait, turn: &mut Turn) -> Result<(), CloseCause> {
+        if self.paused.load(Ordering::Acquire) {
+            self.control.want(&self.driver, EventFlags::IN, false);
+            if self.paused.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            // Resumed in between: whoever did so may have been first.
+            self.control.want(&self.driver, EventFlags::IN, true);
+        }
         let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
         let (progress, bytes) = tcp::recv(self.control.socket(), &mut buffer, wait).map_err(lost)?;
         match progress {
@@ -439,7 +478,7 @@ impl Endpoint {
                     self.dial_bulk(&mut bulk)?;
                 }
             }
-            Kind::Function | Kind::Request | Kind::Reply | Kind::Error if status == Status::Open => {
+            Kind::Function | Kind::Request | Kind::Reply | Kind::Error | Kind::Cancel if status == Status::Open => {
                 let Some(peer) = self.peer.get() else { unreachable!("an open endpoint has a peer") };
                 peer.on_frame(self, frame, turn)?;
             }
@@ -495,7 +534,8 @@ impl Endpoint {
         let mut turn = Turn::default();
         let mut failed = None;
         // What a bulk connection completes, the driver's leader reads: no reason to sleep here then.
-        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() {
+        let paused = || self.paused.load(Ordering::Acquire);
+        while !done() && self.cause.get().is_none() && !paused() && lock(&self.transfers).is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -546,7 +586,13 @@ impl Endpoint {
         if self.status() != Status::Open {
             return;
         }
-        if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
+        if self.paused.load(Ordering::Relaxed) {
+            // It is not read, but must take something.
+            if beat.wrapping_sub(self.took.load(Ordering::Relaxed)) >= BEATS_MISSED {
+                return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
+            }
+            self.hear();
+        } else if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
             // Who is not read, because a handler holds the reader up, is not silent.
             if !self.poll_readable(Duration::ZERO).unwrap_or(true) {
                 return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });

@@ -51,7 +51,8 @@ pub enum Kind {
     Reply = 5,
     /// The failure of a request.
     Error = 6,
-    // 7 is kept for the cancellation of a request.
+    /// Nobody waits for the request's answer any more.
+    Cancel = 7,
     /// The sender ends the connection and says why.
     Close = 8,
     /// Asks the dialer of the control connection to open the bulk connection.
@@ -70,7 +71,7 @@ impl Kind {
     /// The kind with this wire code.
     pub fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        [Hello, Welcome, Function, Request, Reply, Error, Close, OpenBulk, Chunk, Ping, Challenge, Proof]
+        [Hello, Welcome, Function, Request, Reply, Error, Cancel, Close, OpenBulk, Chunk, Ping, Challenge, Proof]
             .into_iter()
             .find(|kind| *kind as u8 == code)
     }

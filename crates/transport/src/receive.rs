@@ -6,6 +6,8 @@
 //! Invariant R1: a frame that waits for its bulk payload delays no later frame.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
 
@@ -28,8 +30,36 @@ pub struct Frame {
     pub metadata: Vec<u8>,
     /// The tensors, in the order of their indices in the metadata.
     pub tensors: Vec<Tensor>,
+    /// Of a request: what its tensors count for among those that are not answered; see [`Unanswered`].
+    pub unanswered: Unanswered,
     /// The device that each is for, as the sender says; empty if all are for the host. They lie on the host still.
     pub devices: Vec<Device>,
+}
+
+/// Tensor bytes of one peer's requests that have come, or are coming, and are not answered (LIMITS).
+#[derive(Debug, Default)]
+pub(crate) struct Inflow(AtomicU64);
+
+/// A request's share of the peer's unanswered bytes. Dropped when the request is answered, before the answer leaves.
+#[derive(Debug, Default)]
+pub struct Unanswered {
+    bytes: u64,
+    inflow: Option<Arc<Inflow>>,
+}
+
+impl Unanswered {
+    /// Bytes of the request's tensors.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if let Some(inflow) = &self.inflow {
+            inflow.0.fetch_sub(self.bytes, Ordering::AcqRel);
+        }
+    }
 }
 
 enum Place {
@@ -85,11 +115,13 @@ pub(crate) struct Receiver {
     head: [u8; HEADER_BYTES],
     head_len: usize,
     state: State,
+    inflow: Arc<Inflow>,
 }
 
 impl Receiver {
     pub(crate) fn new(limits: Limits, runtime: Runtime) -> Self {
-        Self { limits, runtime, head: [0; HEADER_BYTES], head_len: 0, state: State::Head }
+        let inflow = Arc::default();
+        Self { limits, runtime, head: [0; HEADER_BYTES], head_len: 0, state: State::Head, inflow }
     }
 
     /// From the next frame on.
@@ -168,10 +200,16 @@ impl Receiver {
         let mut missing = 0;
         let mut inline_bytes = 0;
         let mut frame_bytes = 0_u64;
+        // Only answers make it less meanwhile.
+        let others = if kind == Kind::Request { self.inflow.0.load(Ordering::Acquire) } else { 0 };
         for _ in 0..header.tensors {
             let Descriptor { layout, device, mode, len_bytes } = Descriptor::read(&mut table, &self.limits)?;
             frame_bytes = frame_bytes.saturating_add(len_bytes);
             crate::frame::limit("tensor bytes in one frame", frame_bytes, self.limits.tensor_bytes_max)?;
+            if others > 0 {
+                let bytes = others.saturating_add(frame_bytes);
+                crate::frame::limit("tensor bytes in unanswered requests", bytes, self.limits.request_bytes_max)?;
+            }
             if mode == Mode::Inline {
                 inline_bytes += len_bytes;
                 // Before the allocation: an inline tensor is never larger than the payload that carries it.
@@ -188,12 +226,18 @@ impl Receiver {
         }
         accounted("descriptors", u64::from(header.table_len), (header.table_len as usize - table.len()) as u64)?;
         accounted("inline payload", header.payload_len, inline_bytes)?;
+        let mut unanswered = Unanswered::default();
+        if kind == Kind::Request && frame_bytes > 0 {
+            self.inflow.0.fetch_add(frame_bytes, Ordering::AcqRel);
+            unanswered = Unanswered { bytes: frame_bytes, inflow: Some(Arc::clone(&self.inflow)) };
+        }
         let frame = Frame {
             kind,
             call: header.call,
             function: header.function,
             deadline_us: header.deadline_us,
             metadata: metadata.to_vec(),
+            unanswered,
             tensors: Vec::with_capacity(slots.len()),
             devices: Vec::new(),
         };
@@ -282,6 +326,16 @@ impl Transfers {
     /// No frame waits for bulk payload.
     pub(crate) fn is_empty(&self) -> bool {
         self.partials.is_empty()
+    }
+
+    /// Frames that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.partials.len()
+    }
+
+    /// Whether the request of that call waits for bulk payload.
+    pub(crate) fn has_request(&self, call: u64) -> bool {
+        self.partials.values().any(|partial| partial.frame.kind == Kind::Request && partial.frame.call == call)
     }
 
     /// Keeps `partial` until its chunks are in.

@@ -344,6 +344,9 @@ impl Endpoint {
     /// A frame's storages are known: chunks for them may come in.
     pub(super) fn park(&self, partial: crate::receive::Partial) -> Result<(), CloseCause> {
         let mut transfers = lock(&self.transfers);
+        // Its requests, and its answers to ours.
+        let max = 2 * self.driver.config().limits.requests_max as u64;
+        crate::frame::limit("frames that wait for bulk payload", transfers.len() as u64 + 1, max)?;
         transfers.park(partial)?;
         let stalled = self.bulk_stalled.swap(false, Ordering::Relaxed);
         drop(transfers);

@@ -1,0 +1,105 @@
+//! How much may be on the wire to one worker; what is more waits at the caller, and is told why.
+
+use std::time::Duration;
+
+use farcall::Stage;
+use farcall::prelude::*;
+
+use crate::functions::{add, echo, gate, hash_after, hold, hold_async, pattern};
+use crate::harness::{Group, block_on, bounded, counting, eventually, step, unique};
+
+fn with_window(requests: usize, bytes: u64) -> Group {
+    Group::with(2, |options| {
+        options.limits.requests_max = requests;
+        options.limits.request_bytes_max = bytes;
+    })
+}
+
+#[test]
+fn calls_beyond_the_window_wait_and_complete_in_order() {
+    bounded(|| {
+        let group = with_window(8, 1 << 30);
+        let (w1, key) = (group.agents[0].to("w1"), unique("window"));
+        let held: Vec<_> = (0..20).map(|index| w1.call(hold_async, (&key, index)).into_future()).collect();
+        assert!(gate(&key).wait_arrived(8));
+        // A round trip later no more have come.
+        assert_eq!(group.agents[1].to("w0").call(add, (1, 2)).wait().expect("the other direction is free"), 3);
+        assert_eq!((gate(&key).arrived(), group.agents[0].in_flight()), (8, 20));
+
+        step("a deadline while waiting for a place");
+        let error = w1.deadline(Duration::from_millis(50)).call(add, (1, 2)).wait().expect_err("no place");
+        let CallError::Deadline { stage, .. } = &error else { panic!("{error}") };
+        assert_eq!(*stage, Stage::Queued, "{error}");
+        let error =
+            block_on(w1.deadline(Duration::from_millis(50)).call(add, (1, 2)).into_future()).expect_err("no place");
+        assert!(matches!(error, CallError::Deadline { stage: Stage::Queued, .. }), "{error}");
+        step("cancelled while waiting for a place");
+        drop(w1.call(hold, (&key,)));
+
+        gate(&key).open();
+        for (index, held) in held.into_iter().enumerate() {
+            assert_eq!(block_on(held).expect("its turn came"), index as i64);
+        }
+        assert_eq!(gate(&key).arrived(), 20, "the cancelled one was never sent");
+        assert_eq!(group.agents[0].in_flight(), 0);
+        group.answers();
+        group.shutdown();
+    });
+}
+
+#[test]
+fn requests_wait_for_bytes_and_a_single_one_may_have_more() {
+    bounded(|| {
+        let group = with_window(100, 1 << 20);
+        let (w1, key) = (group.agents[0].to("w1"), unique("bytes"));
+        let half = pattern::run(384 << 10, 1).expect("memory");
+        let whole = counting(&[1 << 20]); // 4 MiB
+        let held: Vec<_> = (0..5).map(|_| w1.call(hash_after, (&key, &half))).collect();
+        assert!(gate(&key).wait_arrived(2));
+        assert_eq!(gate(&key).arrived(), 2, "a third would be above one MiB");
+        let large = w1.call(echo, (&whole,));
+        gate(&key).open();
+        for held in held {
+            held.wait().expect("its turn came");
+        }
+        assert_eq!(large.wait().expect("alone").to_vec::<f32>().expect("f32"), whole.to_vec::<f32>().expect("f32"));
+        group.answers();
+        group.shutdown();
+    });
+}
+
+#[test]
+fn ten_thousand_calls_of_one_caller_at_once_complete() {
+    bounded(|| {
+        let group = Group::new(2);
+        let w1 = group.agents[0].to("w1");
+        for round in 0..3 {
+            step(format_args!("round {round}"));
+            let calls: Vec<_> = (0..10_000).map(|index| w1.call(add, (index, 1)).into_future()).collect();
+            for (index, call) in calls.into_iter().enumerate() {
+                assert_eq!(block_on(call).expect("a sum"), index as i64 + 1);
+            }
+            assert_eq!(group.agents[0].in_flight(), 0);
+        }
+        group.shutdown();
+    });
+}
+
+#[test]
+fn more_calls_than_may_wait_are_refused_at_once() {
+    bounded(|| {
+        let group = with_window(1, 1 << 30);
+        let (w1, key) = (group.agents[0].to("w1"), unique("full"));
+        let mut held: Vec<_> = (0..1_i64 << 16).map(|index| w1.call(hold_async, (&key, index))).collect();
+        let error = w1.call(add, (1, 2)).wait().expect_err("too many");
+        assert!(matches!(error, CallError::Overloaded { in_flight: 65536, .. }), "{error}");
+        // Dropped unsent, all but the first: they leave nothing behind.
+        held.truncate(1);
+        gate(&key).open();
+        assert_eq!(held.remove(0).wait().expect("the first"), 0);
+        eventually("no call is in flight", Duration::from_secs(5), || group.agents[0].in_flight() == 0);
+        assert_eq!(gate(&key).arrived(), 1);
+        group.answers();
+        group.shutdown();
+    });
+}
