@@ -9,6 +9,7 @@ mod layouts;
 mod order;
 mod sizes;
 mod snapshot;
+mod transports;
 mod values;
 mod waiting;
 mod windows;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use farcall::prelude::*;
 use farcall::transport::StoreLimits;
-use farcall::{JobKey, StoreServer, TensorMut};
+use farcall::{JobKey, StoreServer, TensorMut, Transport};
 
 use crate::functions::add;
 
@@ -79,6 +79,12 @@ pub(crate) fn job_key() -> Option<JobKey> {
     }
 }
 
+/// The sockets of groups that do not choose, as workers in processes of their own read it, too.
+pub(crate) fn transport() -> Transport {
+    let text = std::env::var("FARCALL_TRANSPORT");
+    text.map_or(Transport::Auto, |text| text.parse().expect("FARCALL_TRANSPORT"))
+}
+
 /// Agents of one group in this process, `w0` to `w<n-1>`.
 pub(crate) struct Group {
     pub(crate) agents: Vec<Agent>,
@@ -108,6 +114,7 @@ impl Group {
                 options.host_store = false;
                 options.group = name.clone();
                 options.key = key.clone();
+                options.transport = transport();
                 change(&mut options);
                 thread::spawn(move || Agent::join_blocking(options))
             })

@@ -4,11 +4,13 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use farcall::prelude::*;
 use farcall::transport::{AuthError, StoreError, StoreLimits};
-use farcall::{CloseCause, JobKey, JoinError, Options, StoreServer};
+use farcall::{CloseCause, JobKey, JoinError, Options, StoreServer, Transport};
 
 use crate::functions::add;
 use crate::harness::{Group, bounded, step};
@@ -22,6 +24,7 @@ use super::raw::{
 const KEY_WANTED: u128 = 2;
 const NO_KEY: u128 = 3;
 const WRONG_KEY: u128 = 4;
+const OTHER_USER: u128 = 5;
 
 fn key() -> JobKey {
     JobKey::random().expect("random bytes")
@@ -262,6 +265,63 @@ fn a_flood_of_half_open_connections_locks_nobody_out() {
     });
 }
 
+// ---- Unix sockets ----
+
+/// A stranger's connection to a worker's Unix socket.
+fn by_unix(target: &Target) -> std::io::Result<UnixStream> {
+    let local = target.agent().workers().next().and_then(|worker| worker.local.clone()).expect("a Unix socket");
+    let stream = UnixStream::connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(&*local.name)?)?;
+    stream.set_read_timeout(Some(Duration::from_secs(15)))?;
+    Ok(stream)
+}
+
+/// All that a worker says on a Unix socket.
+fn last_words(stream: &mut UnixStream) -> Vec<u8> {
+    let mut frames = Vec::new();
+    // Reset or ended: what came before counts.
+    let _ = stream.read_to_end(&mut frames);
+    frames
+}
+
+/// To be the same user is no proof of the key.
+#[test]
+fn a_unix_socket_asks_for_the_key_too() {
+    bounded(|| {
+        let target = Target::with_options(Some(key()), |options| options.transport = Transport::Auto);
+        let mut stream = by_unix(&target).expect("connects");
+        stream.write_all(&hello(target.group_name(), &control(Some("w0"))).bytes()).expect("w0 reads");
+        assert_told(&last_words(&mut stream), KEY_WANTED);
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn a_process_of_another_user_is_refused_by_a_unix_socket() {
+    bounded(|| {
+        for key in [None, Some(key())] {
+            let target = Target::with_options(key, |options| options.transport = Transport::Auto);
+            let foreign = std::thread::scope(|scope| {
+                let dialing = scope.spawn(|| {
+                    // For the kernel a thread's credentials are its own.
+                    let nobody = rustix::process::Uid::from_raw(65534);
+                    let changed = rustix::thread::set_thread_res_uid(None, nobody, None);
+                    changed.ok().map(|()| by_unix(&target).expect("connects"))
+                });
+                dialing.join().expect("no panic")
+            });
+            let Some(mut foreign) = foreign else {
+                println!("skipped: 1 check that needs root");
+                return target.shutdown();
+            };
+            // It is told without having said a word.
+            assert_told(&last_words(&mut foreign), OTHER_USER);
+            target.serves_others();
+            target.shutdown();
+        }
+    });
+}
+
 // ---- what a dialer makes of an acceptor ----
 
 /// A group of two, and a socket at w1's address in its place.
@@ -419,7 +479,10 @@ fn a_worker_joins_with_the_stores_key_only() {
 #[test]
 fn a_group_with_a_key_may_listen_beyond_loopback() {
     bounded(|| {
-        let group = Group::with_key(2, Some(key()), |options| options.bind = "0.0.0.0:0".parse().expect("an address"));
+        let group = Group::with_key(2, Some(key()), |options| {
+            options.bind = "0.0.0.0:0".parse().expect("an address");
+            options.transport = Transport::Tcp;
+        });
         assert!(group.agents[0].workers().all(|worker| worker.address.ip().to_string() == "127.0.0.1"));
         group.answers();
         let other: SocketAddr = ([127, 0, 0, 2], group.address(0).port()).into();

@@ -154,10 +154,10 @@ pub(crate) fn text(text: &str) -> Vec<u8> {
 /// What a hello offers: versions 1 to 1, no features, no nonce.
 pub(crate) const OFFER: [u8; 4] = [1, 1, 0, 0];
 
-/// The metadata of a hello: group, worker (name, rank, address, pid, incarnation), role, and what it offers.
+/// The metadata of a hello: group, worker (name, rank, address, pid, incarnation, no Unix socket), role, and what it offers.
 pub(crate) fn hello_metadata(group: &str, name: &str, rank: u32, role: &[u8]) -> Vec<u8> {
     let address = [&[0, 127, 0, 0, 1][..], &varint(1)].concat(); // V4, octets, port
-    let worker = [text(name), varint(rank.into()), address, varint(77), varint(1)].concat();
+    let worker = [text(name), varint(rank.into()), address, varint(77), varint(1), vec![0]].concat();
     [text(group), worker, role.to_vec(), OFFER.to_vec()].concat()
 }
 
@@ -395,6 +395,10 @@ impl RawPeer {
         for _port_pid_incarnation in 0..3 {
             metadata.varint();
         }
+        if metadata.varint() == 1 {
+            let [_name, _boot] = [metadata.text(), metadata.text()];
+            let [_network, _user] = [metadata.varint(), metadata.varint()];
+        }
         let key = metadata.varint();
         assert_eq!(metadata.0, [1, 0], "the version and the features to go on with");
         key
@@ -451,7 +455,11 @@ impl Target {
 
     /// The same in a group with a job key.
     pub(crate) fn with_key(key: Option<JobKey>) -> Self {
-        let group = Group::with_key(2, key, |_| {});
+        Self::with_options(key, |_| {})
+    }
+
+    pub(crate) fn with_options(key: Option<JobKey>, change: impl Fn(&mut Options)) -> Self {
+        let group = Group::with_key(2, key, change);
         group.answers();
         Self { group }
     }

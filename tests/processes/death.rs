@@ -90,7 +90,7 @@ fn a_worker_killed_in_mid_call_fails_every_waiter() {
 #[test]
 fn a_worker_killed_while_it_receives_64_mib_fails_the_call() {
     bounded(|| {
-        let (mut processes, agent) = Processes::serving(2);
+        let (mut processes, agent) = Processes::serving_over_tcp(2);
         assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("w1 lives"), 5);
         // The bulk connection is open: a stopped worker could not prove its key.
         let first = pattern::run(1 << 20, 2).expect("memory");
@@ -129,7 +129,7 @@ fn a_worker_killed_while_it_receives_64_mib_fails_the_call() {
 #[test]
 fn a_worker_killed_while_it_sends_64_mib_fails_the_call() {
     bounded(|| {
-        let (mut processes, agent) = Processes::serving(2);
+        let (mut processes, agent) = Processes::serving_over_tcp(2);
         // Once before, so that the bulk connection is open: a stopped caller would not open it.
         let key = unique("sends");
         agent.to("w1").call(open, (&key,)).wait().expect("w1 lives");

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use farcall::prelude::*;
 use farcall::transport::StoreLimits;
-use farcall::{JobKey, StoreServer};
+use farcall::{JobKey, StoreServer, Transport};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::harness::{eventually, job_key, step, unique};
+use crate::harness::{eventually, job_key, step, transport, unique};
 
 /// How long a process may take to end.
 const END_MAX: Duration = Duration::from_secs(20);
@@ -163,6 +163,14 @@ impl Processes {
         Self::serving_with_key(n, job_key())
     }
 
+    /// The same over TCP, which the kernel has tables of.
+    pub(crate) fn serving_over_tcp(n: usize) -> (Self, Agent) {
+        let modes: Vec<_> = std::iter::once(None).chain(vec![Some("serve"); n]).collect();
+        let processes = Self::start(&modes, &[("FARCALL_TRANSPORT", "tcp")]);
+        let agent = processes.join(|options| options.transport = Transport::Tcp);
+        (processes, agent)
+    }
+
     /// The same with this job key, or without any.
     pub(crate) fn serving_with_key(n: usize, key: Option<JobKey>) -> (Self, Agent) {
         let modes: Vec<_> = std::iter::once(None).chain(vec![Some("serve"); n]).collect();
@@ -176,7 +184,7 @@ impl Processes {
         step("joining a group of processes");
         let mut options = Options::new(0, self.workers.len() as u32, self.store.address().to_string());
         (options.host_store, options.group) = (false, self.group.clone());
-        options.key = self.key.clone();
+        (options.key, options.transport) = (self.key.clone(), transport());
         change(&mut options);
         Agent::join_blocking(options).expect("joins")
     }

@@ -13,7 +13,9 @@ pub use farcall_rpc::{
     Agent, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry, RemoteError, Reply,
     Result, Stage, To,
 };
-pub use farcall_transport::{self as transport, CloseCause, JobKey, Limits, StoreServer, WorkerId, WorkerInfo};
+pub use farcall_transport::{
+    self as transport, CloseCause, JobKey, Limits, Route, StoreServer, Transport, WorkerId, WorkerInfo,
+};
 
 /// What a program that calls and serves functions needs.
 pub mod prelude {

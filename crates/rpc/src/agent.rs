@@ -390,16 +390,25 @@ impl To<'_> {
                 Reply::new(slot, None)
             }
             Err(error) => {
-                let cause = Arc::new(match error {
-                    TransferError::Os { source, .. } => {
-                        CloseCause::Connect { address: agent.routes()[rank as usize].info.address, source }
+                let call = slot.id.clone();
+                slot.complete(Err(match error {
+                    TransferError::Connect { route, source } => {
+                        let cause = Arc::new(CloseCause::Connect { route, source });
+                        CallError::PeerLost { call, stage: Stage::Connecting, cause }
                     }
-                    _ => CloseCause::PeerLost { source: None },
-                });
-                slot.complete(Err(CallError::PeerLost { call: slot.id.clone(), stage: Stage::Connecting, cause }));
+                    source => CallError::Send { call, source },
+                }));
                 Reply::new(slot, None)
             }
         }
+    }
+
+    /// How this agent dialed the worker, if it has an open or opening connection that it dialed itself.
+    pub fn dialed(&self) -> Option<farcall_transport::Route> {
+        let agent = &self.agent.0;
+        let rank = agent.rank(&self.target)?;
+        let current = lock(&agent.routes()[rank as usize].current);
+        current.as_ref().and_then(|(endpoint, _)| endpoint.route().cloned())
     }
 
     fn call_here<F: Function>(&self, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {

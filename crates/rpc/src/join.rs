@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use farcall_device::Runtime;
 use farcall_transport::{
     Driver, DriverConfig, EmbeddedStore, JobKey, KeyError, Limits, Store, StoreError, StoreLimits, StoreServer,
-    WorkerId, WorkerInfo, gone_key,
+    Transport, WorkerId, WorkerInfo, gone_key,
 };
 use tokio::sync::oneshot;
 
@@ -49,6 +49,8 @@ pub struct Options {
     /// Under which address the others reach this worker, if it listens on all of them. Default: the one from which it
     /// reaches the store.
     pub advertise: Option<IpAddr>,
+    /// Which sockets are used. Default: Unix sockets between workers of one user on one host, else TCP.
+    pub transport: Transport,
     /// The secret of this job, the same for all its workers: who cannot prove it is refused, by workers and by the store.
     /// Without one everyone on this machine can call this worker.
     pub key: Option<JobKey>,
@@ -88,6 +90,7 @@ impl Options {
             group: "farcall".to_owned(),
             bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             advertise: None,
+            transport: Transport::default(),
             key: None,
             deadline: Duration::from_secs(60),
             join_timeout: Duration::from_secs(60),
@@ -105,8 +108,8 @@ impl Options {
     /// Options from the environment.
     ///
     /// `FARCALL_RANK`, `FARCALL_WORLD_SIZE` and `FARCALL_STORE` (host:port) must be set; `FARCALL_NAME`,
-    /// `FARCALL_GROUP`, `FARCALL_BIND` (address:port), `FARCALL_ADVERTISE` (address) and `FARCALL_HOST_STORE` (0 or 1) may
-    /// be.
+    /// `FARCALL_GROUP`, `FARCALL_BIND` (address:port), `FARCALL_ADVERTISE` (address), `FARCALL_TRANSPORT` (`auto`, `tcp`
+    /// or `unix`) and `FARCALL_HOST_STORE` (0 or 1) may be.
     ///
     /// The job's key comes from `FARCALL_KEY` (hexadecimal digits) or `FARCALL_KEY_FILE` (a file with them that nobody else
     /// can read); `openssl rand -hex 32` makes one. A process's environment can be read by its own user and by root, and by
@@ -149,6 +152,9 @@ impl Options {
         }
         if let Some(advertise) = get("FARCALL_ADVERTISE") {
             options.advertise = Some(parse("FARCALL_ADVERTISE", &advertise)?);
+        }
+        if let Some(transport) = get("FARCALL_TRANSPORT") {
+            options.transport = parse("FARCALL_TRANSPORT", &transport)?;
         }
         options.key = key_from_variables(&get)?;
         if let Some(host) = get("FARCALL_HOST_STORE") {
@@ -259,6 +265,7 @@ impl Agent {
             id: WorkerId { name: name.into(), rank: options.rank },
             address: options.bind,
             pid: std::process::id(),
+            local: None,
             incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_nanos() as u64),
         };
         let driver = Driver::bind(DriverConfig {
@@ -271,6 +278,7 @@ impl Agent {
             threads_max: 1024,
             key: options.key.clone(),
             advertise,
+            transport: options.transport,
         })?;
         for (worker, map) in &options.device_maps {
             let wrong = |message| JoinError::DeviceMap { worker: worker.clone(), message };
@@ -463,6 +471,7 @@ mod tests {
         assert_eq!(with("FARCALL_KEY", "not hexadecimal"), "FARCALL_KEY");
         assert_eq!(with("FARCALL_KEY_FILE", "/nowhere/farcall-key"), "FARCALL_KEY_FILE");
         assert_eq!(with("FARCALL_ADVERTISE", "host"), "FARCALL_ADVERTISE");
+        assert_eq!(with("FARCALL_TRANSPORT", "udp"), "FARCALL_TRANSPORT");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::endpoint::encoded;
 use crate::error::AuthError;
 use crate::frame::{FEATURES, VERSION};
 use crate::key::{Nonce, fresh};
-use crate::{CloseCause, DriverConfig};
+use crate::{CloseCause, DriverConfig, LocalAddress};
 
 /// One worker of a group: its name and its rank.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -34,12 +34,33 @@ impl fmt::Display for WorkerId {
 pub struct WorkerInfo {
     /// Its name and rank.
     pub id: WorkerId,
-    /// Where its listener is.
+    /// Where its listener is, for TCP.
     pub address: SocketAddr,
     /// The process's id on its host, for people and tools.
     pub pid: u32,
     /// Differs between two lives of one worker.
     pub incarnation: u64,
+    /// Where workers of the same user on the same host find it; the driver that listens there sets it.
+    pub local: Option<LocalAddress>,
+}
+
+/// How a connection was dialed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Route {
+    /// Over TCP.
+    Tcp(SocketAddr),
+    /// By a Unix socket on this host.
+    Unix(LocalAddress),
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(address) => write!(f, "{address}"),
+        }
+    }
 }
 
 /// Bounds on what a peer may send; both sides of a connection should agree.
@@ -151,6 +172,8 @@ pub(crate) enum Reason {
     NoKey,
     /// The receiver's proof is wrong.
     WrongKey,
+    /// The receiver's process is another user's.
+    OtherUser,
 }
 
 impl Goodbye {
@@ -179,6 +202,7 @@ impl Goodbye {
             Reason::KeyWanted => CloseCause::Auth(AuthError::KeyWanted { peer: peer() }),
             Reason::NoKey => CloseCause::Auth(AuthError::NoKey { peer: peer() }),
             Reason::WrongKey => CloseCause::Auth(AuthError::WrongKey { peer: peer() }),
+            Reason::OtherUser => CloseCause::Auth(AuthError::OtherUser { peer: peer() }),
         }
     }
 }
@@ -190,6 +214,7 @@ impl AuthError {
             Self::NoKey { .. } => Reason::KeyWanted,
             Self::KeyWanted { .. } => Reason::NoKey,
             Self::WrongKey { .. } => Reason::WrongKey,
+            Self::OtherUser { .. } => Reason::OtherUser,
         }
     }
 }

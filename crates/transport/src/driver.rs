@@ -28,6 +28,7 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
+use socket2::Socket;
 
 pub use job::{Job, JobCost, Turn};
 pub(crate) use pool::BEATS_MISSED;
@@ -37,13 +38,16 @@ use sources::{LINGER, Source, Sources, close_all};
 
 use crate::endpoint::{Endpoint, lock};
 use crate::strangers::Strangers;
-use crate::{CloseCause, Frame, JobKey, Limits, ProtocolError, TransferError, WorkerInfo, tcp};
+use crate::{
+    CloseCause, Frame, JobKey, Limits, ProtocolError, Route, TransferError, Transport, WorkerInfo, local, tcp,
+};
 
 /// How often a stopping driver looks whether all goodbyes are taken.
 const GOODBYE_TICK: Duration = Duration::from_millis(1);
 const WAKE: u64 = 0;
-const LISTENER: u64 = 1;
-const FIRST_TOKEN: u64 = 2;
+/// Of TCP, and of the Unix socket.
+const LISTENERS: [u64; 2] = [1, 2];
+const FIRST_TOKEN: u64 = 3;
 const EVENTS: usize = 64;
 
 /// What an agent makes of the peers that dial it.
@@ -91,6 +95,8 @@ pub struct DriverConfig {
     pub key: Option<JobKey>,
     /// The address that others are told, for who listens on all of them.
     pub advertise: Option<IpAddr>,
+    /// Which sockets are listened on and dialed.
+    pub transport: Transport,
 }
 
 /// See the module.
@@ -99,14 +105,16 @@ pub struct Driver {
     epoll: OwnedFd,
     wake: OwnedFd,
     watchdog: OwnedFd,
-    listener: Registration,
+    listeners: Vec<Registration>,
     /// No descriptors were left: no accepting until then.
     accept_paused_until: Mutex<Option<Instant>>,
     service: Mutex<Option<Arc<dyn Service>>>,
     sources: Mutex<Sources>,
     strangers: Mutex<Strangers>,
-    /// Connections refused for want of the job's key.
+    /// Connections refused for want of the job's key, or of the right user.
     unproven: AtomicU64,
+    /// Dials that went over TCP because a Unix socket failed.
+    fallbacks: AtomicU64,
     /// Endpoints with replies that wait for company. Shared, so that who takes the leading role from a busy thread sends
     /// what that thread has left behind.
     unflushed: Mutex<Vec<Arc<Endpoint>>>,
@@ -146,19 +154,22 @@ impl Driver {
     /// # Errors
     /// [`TransferError::NotLoopback`], [`TransferError::Unaddressed`], or the system call that failed.
     pub fn bind(mut config: DriverConfig) -> Result<Arc<Self>, TransferError> {
-        let address = config.worker.address;
-        if !address.ip().is_loopback() && config.key.is_none() {
-            return Err(TransferError::NotLoopback { address });
-        }
-        if address.ip().is_unspecified() && config.advertise.is_none() {
-            return Err(TransferError::Unaddressed { address });
-        }
         let os = |call| move |errno: Errno| TransferError::os(call)(errno.into());
-        let listener = tcp::listen(address).map_err(TransferError::os("listen"))?;
-        config.worker.address =
-            listener.local_addr().map_err(TransferError::os("getsockname"))?.as_socket().unwrap_or(address);
-        if let Some(advertised) = config.advertise {
-            config.worker.address.set_ip(advertised);
+        let mut listeners = Vec::new();
+        if config.transport != Transport::Unix {
+            let listener = Self::listen_tcp(&mut config)?;
+            listeners.push(Registration::new(LISTENERS[0], listener));
+        }
+        config.worker.local = None;
+        if config.transport != Transport::Tcp {
+            match local::listen() {
+                Ok((listener, address)) => {
+                    listeners.push(Registration::new(LISTENERS[1], listener));
+                    config.worker.local = Some(address);
+                }
+                Err(error) if config.transport == Transport::Auto => tracing::warn!(%error, "no Unix socket"),
+                Err(error) => return Err(TransferError::os("listen on a Unix socket")(error)),
+            }
         }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create"))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(os("eventfd"))?;
@@ -170,12 +181,13 @@ impl Driver {
             epoll,
             wake,
             watchdog,
-            listener: Registration::new(LISTENER, listener),
+            listeners,
             accept_paused_until: Mutex::new(None),
             service: Mutex::new(None),
             sources: Mutex::default(),
             strangers: Mutex::new(Strangers::new(accept::greetings_max())),
             unproven: AtomicU64::new(0),
+            fallbacks: AtomicU64::new(0),
             unflushed: Mutex::default(),
             next_token: AtomicU64::new(FIRST_TOKEN),
             bulk_keys: Mutex::default(),
@@ -194,15 +206,34 @@ impl Driver {
         }))
     }
 
+    fn listen_tcp(config: &mut DriverConfig) -> Result<Socket, TransferError> {
+        let address = config.worker.address;
+        if !address.ip().is_loopback() && config.key.is_none() {
+            return Err(TransferError::NotLoopback { address });
+        }
+        if address.ip().is_unspecified() && config.advertise.is_none() {
+            return Err(TransferError::Unaddressed { address });
+        }
+        let listener = tcp::listen(address).map_err(TransferError::os("listen"))?;
+        config.worker.address =
+            listener.local_addr().map_err(TransferError::os("getsockname"))?.as_socket().unwrap_or(address);
+        if let Some(advertised) = config.advertise {
+            config.worker.address.set_ip(advertised);
+        }
+        Ok(listener)
+    }
+
     /// Starts to accept and to drive.
     ///
     /// # Errors
     /// No thread could be started.
     pub fn start(self: &Arc<Self>, service: Arc<dyn Service>) -> Result<(), TransferError> {
         *lock(&self.service) = Some(service);
-        *lock(&self.listener.0.interest) = EventFlags::IN;
-        epoll::add(&self.epoll, self.listener.socket(), EventData::new_u64(LISTENER), EventFlags::IN)
-            .map_err(|errno| TransferError::os("epoll_ctl")(errno.into()))?;
+        for listener in &self.listeners {
+            *lock(&listener.0.interest) = EventFlags::IN;
+            epoll::add(&self.epoll, listener.socket(), EventData::new_u64(listener.token()), EventFlags::IN)
+                .map_err(|errno| TransferError::os("epoll_ctl")(errno.into()))?;
+        }
         let mut pool = lock(&self.pool);
         self.spawn_thread(&mut pool).map_err(TransferError::os("thread spawn"))?;
         let driver = Arc::clone(self);
@@ -216,6 +247,39 @@ impl Driver {
         &self.config
     }
 
+    /// How often TCP was dialed because a Unix socket that should have led there did not.
+    pub fn unix_fallbacks(&self) -> u64 {
+        self.fallbacks.load(Ordering::Relaxed)
+    }
+
+    /// Connects to `target`, by a Unix socket if it is near. A TCP socket becomes writable once that succeeded or failed.
+    pub(crate) fn connect(&self, target: &WorkerInfo) -> Result<(Socket, Route), TransferError> {
+        let near = match (&self.config.worker.local, &target.local) {
+            (Some(own), Some(theirs)) if own.is_near(theirs) => Some(theirs),
+            _ => None,
+        };
+        if let Some(address) = near {
+            match local::connect(address) {
+                Ok(socket) => return Ok((socket, Route::Unix(address.clone()))),
+                Err(error) if self.config.transport == Transport::Auto => {
+                    let fallbacks = self.fallbacks.fetch_add(1, Ordering::Relaxed) + 1;
+                    tracing::debug!(%error, worker = %target.id, fallbacks, "no Unix socket; dialing TCP");
+                }
+                Err(error) => {
+                    let (route, source) = (Route::Unix(address.clone()), Arc::new(error));
+                    return Err(TransferError::Connect { route, source });
+                }
+            }
+        } else if self.config.transport == Transport::Unix {
+            return Err(TransferError::Elsewhere { worker: target.id.clone() });
+        }
+        let route = Route::Tcp(target.address);
+        match tcp::connect(target.address) {
+            Ok(socket) => Ok((socket, route)),
+            Err(error) => Err(TransferError::Connect { route, source: Arc::new(error) }),
+        }
+    }
+
     /// Closes every endpoint with [`CloseCause::LocalShutdown`], lets their goodbyes leave, and ends the threads.
     ///
     /// Blocks until the threads have ended, at most for `timeout`: a handler that goes on keeps its thread until it
@@ -223,8 +287,10 @@ impl Driver {
     pub fn stop(self: &Arc<Self>, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         // Nobody may dial in any more: a backlog would keep the dialers waiting.
-        self.remove(&self.listener);
-        let _ = self.listener.socket().shutdown(Shutdown::Both);
+        for listener in &self.listeners {
+            self.remove(listener);
+            let _ = listener.socket().shutdown(Shutdown::Both);
+        }
         let sources: Vec<Source> = lock(&self.sources).values().cloned().collect();
         close_all(sources);
         let on_own_thread = lock(&self.pool).threads.contains(&thread::current().id());

@@ -20,7 +20,7 @@ mod encode;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::net::{Shutdown, SocketAddr};
+use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,7 +40,7 @@ use crate::error::AuthError;
 use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
 use crate::receive::{Received, Receiver, Transfers};
 use crate::tcp::{self, Progress, Wait};
-use crate::{CloseCause, Frame, ProtocolError, TransferError, WorkerId, WorkerInfo};
+use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo};
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
@@ -68,8 +68,7 @@ struct Tx {
 pub struct Endpoint {
     driver: Arc<Driver>,
     /// Who opened the control connection: this side, or the peer.
-    dialed: Option<SocketAddr>,
-    expected: Option<Arc<str>>,
+    dialed: Option<(WorkerInfo, Route)>,
     status: AtomicU8,
     control: Registration,
     /// The dialer's side of the proof, until the welcome.
@@ -108,14 +107,13 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Endpoint {
-    /// Dials `address` and gives the endpoint at once; frames sent meanwhile leave when the peer has welcomed us.
+    /// Dials `target` and gives the endpoint at once; frames sent meanwhile leave when the peer has welcomed us.
     ///
     /// # Errors
     /// Only what fails at once, such as no descriptors left. A refused or late connection closes the endpoint.
     pub fn dial(driver: &Arc<Driver>, target: &WorkerInfo, peer: Arc<dyn Peer>) -> Result<Arc<Self>, TransferError> {
-        let socket = tcp::connect(target.address).map_err(TransferError::os("connect"))?;
-        let endpoint = Self::new(driver, socket, Some(target.address), Status::Connecting, 0)?;
-        let endpoint = Self { expected: Some(Arc::clone(&target.id.name)), ..endpoint };
+        let (socket, route) = driver.connect(target)?;
+        let endpoint = Self::new(driver, socket, Some((target.clone(), route)), Status::Connecting, 0)?;
         if endpoint.peer.set(peer).is_err() {
             unreachable!("a new endpoint has no peer");
         }
@@ -142,7 +140,7 @@ impl Endpoint {
     fn new(
         driver: &Arc<Driver>,
         socket: Socket,
-        dialed: Option<SocketAddr>,
+        dialed: Option<(WorkerInfo, Route)>,
         status: Status,
         key: u128,
     ) -> Result<Self, TransferError> {
@@ -152,7 +150,6 @@ impl Endpoint {
         Ok(Self {
             driver: Arc::clone(driver),
             dialed,
-            expected: None,
             status: AtomicU8::new(status as u8),
             control: driver.register(socket),
             proof: Mutex::new(None),
@@ -358,7 +355,7 @@ impl Endpoint {
 
     fn control_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) -> Result<(), CloseCause> {
         if self.status() == Status::Connecting {
-            finish_connect(self.control.socket(), self.dialed)?;
+            finish_connect(self.control.socket(), self.route())?;
             self.greet()?;
         }
         if flags.contains(EventFlags::OUT) && self.status() == Status::Open {
@@ -373,7 +370,7 @@ impl Endpoint {
     }
 
     fn greet(&self) -> Result<(), CloseCause> {
-        let (hello, proof) = self.hello(Role::Control { target: self.expected.clone() })?;
+        let (hello, proof) = self.hello(Role::Control { target: self.expected().cloned() })?;
         *lock(&self.proof) = proof;
         self.status.store(Status::Greeting as u8, Ordering::Release);
         self.control.set(&self.driver, EventFlags::IN);
@@ -497,7 +494,7 @@ impl Endpoint {
         if welcome.version != VERSION {
             return Err(ProtocolError::NoCommonVersion { theirs: [welcome.version; 2], ours: VERSION }.into());
         }
-        if let Some(expected) = &self.expected
+        if let Some(expected) = self.expected()
             && **expected != *welcome.worker.id.name
         {
             let (found, expected) = (welcome.worker.id.name.to_string(), expected.to_string());
@@ -633,8 +630,8 @@ impl Endpoint {
             && check(since + connect_timeout)
         {
             let what = "bulk connection";
-            self.close(match self.dialed {
-                Some(address) => CloseCause::ConnectTimeout { address, timeout: connect_timeout },
+            self.close(match self.route().cloned() {
+                Some(route) => CloseCause::ConnectTimeout { route, timeout: connect_timeout },
                 None => ProtocolError::Stalled { what, timeout: connect_timeout }.into(),
             });
             return None;
@@ -698,12 +695,17 @@ impl Endpoint {
 
     /// The peer's name for errors of the greeting.
     fn peer_text(&self) -> String {
-        match (self.peer_id(), &self.expected, self.dialed) {
-            (Some(id), ..) => id.to_string(),
-            (None, Some(name), _) => name.to_string(),
-            (None, None, Some(address)) => address.to_string(),
-            (None, None, None) => "the peer".to_owned(),
-        }
+        let id = self.peer_id().or(self.dialed.as_ref().map(|(target, _)| &target.id));
+        id.map_or_else(|| "the peer".to_owned(), WorkerId::to_string)
+    }
+
+    /// How this side dialed the control connection; `None` if the peer did.
+    pub fn route(&self) -> Option<&Route> {
+        self.dialed.as_ref().map(|(_, route)| route)
+    }
+
+    fn expected(&self) -> Option<&Arc<str>> {
+        self.dialed.as_ref().map(|(target, _)| &target.id.name)
     }
 }
 
@@ -712,13 +714,13 @@ pub(crate) fn lost(error: Errno) -> CloseCause {
 }
 
 /// The outcome of a connect that made the socket writable.
-fn finish_connect(socket: &Socket, address: Option<SocketAddr>) -> Result<(), CloseCause> {
+fn finish_connect(socket: &Socket, route: Option<&Route>) -> Result<(), CloseCause> {
     let outcome = match socket.take_error() {
         Ok(None) => tcp::prepare(socket),
         Ok(Some(error)) | Err(error) => Err(error),
     };
-    outcome.map_err(|source| match address {
-        Some(address) => CloseCause::Connect { address, source: Arc::new(source) },
+    outcome.map_err(|source| match route.cloned() {
+        Some(route) => CloseCause::Connect { route, source: Arc::new(source) },
         None => CloseCause::PeerLost { source: Some(Arc::new(source)) },
     })
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use farcall_device::{DType, DeviceError, LayoutError};
 
 use crate::frame::Kind;
+use crate::{Route, WorkerId};
 
 /// What a peer sent that it must not: a bug, another version, or an attack. The connection ends; the worker lives on.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -110,6 +111,11 @@ pub enum AuthError {
     /// This worker has a key, the peer none.
     #[error("{peer} has no job key, this worker has one; set FARCALL_KEY or FARCALL_KEY_FILE there as it is here")]
     NoKey { peer: String },
+    /// A Unix socket between two users.
+    #[error(
+        "{peer} is another user's; Unix sockets are for one user's workers, FARCALL_TRANSPORT=tcp is for several users"
+    )]
+    OtherUser { peer: String },
     /// Both have a key, not the same one; or the peer's proof was not made for this connection.
     #[error(
         "{peer} and this worker have different job keys; give all workers the same FARCALL_KEY or FARCALL_KEY_FILE"
@@ -141,11 +147,11 @@ pub enum CloseCause {
     #[error(transparent)]
     Auth(AuthError),
     /// No connection came about.
-    #[error("cannot connect to {address}: {source}")]
-    Connect { address: SocketAddr, source: Arc<io::Error> },
+    #[error("cannot connect to {route}: {source}")]
+    Connect { route: Route, source: Arc<io::Error> },
     /// No connection came about in time.
-    #[error("no connection to {address} within {timeout:?}")]
-    ConnectTimeout { address: SocketAddr, timeout: Duration },
+    #[error("no connection to {route} within {timeout:?}")]
+    ConnectTimeout { route: Route, timeout: Duration },
     /// Memory for a tensor could not be had.
     #[error("cannot place a received tensor: {0}")]
     Device(#[from] DeviceError),
@@ -187,6 +193,15 @@ pub enum TransferError {
          127.0.0.1 or [::1]"
     )]
     NotLoopback { address: SocketAddr },
+    /// Dialing failed at once.
+    #[error("cannot connect to {route}: {source}")]
+    Connect { route: Route, source: Arc<io::Error> },
+    /// Only Unix sockets are to be used, and none leads there.
+    #[error(
+        "{worker} cannot be reached by a Unix socket: it runs on another host or in another container, as another user, or \
+         with FARCALL_TRANSPORT=tcp; set FARCALL_TRANSPORT=auto here"
+    )]
+    Elsewhere { worker: WorkerId },
     /// Listening on all addresses, without one to tell the others.
     #[error("listening on {address}, but under which address do others reach it? Set FARCALL_ADVERTISE to it")]
     Unaddressed { address: SocketAddr },

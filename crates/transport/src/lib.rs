@@ -19,15 +19,17 @@ mod endpoint;
 mod error;
 pub mod frame;
 mod key;
+mod local;
 mod receive;
 mod store;
 mod strangers;
 mod tcp;
 
-pub use address::{Limits, WorkerId, WorkerInfo};
+pub use address::{Limits, Route, WorkerId, WorkerInfo};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
 pub use key::{JobKey, KeyError};
 pub use receive::{Frame, Unanswered};
+pub use local::{LocalAddress, Transport};
 pub use store::*;

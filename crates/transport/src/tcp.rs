@@ -1,4 +1,4 @@
-//! TCP sockets as the driver and a waiting caller use them.
+//! TCP sockets, and what all stream sockets have in common, as the driver and a waiting caller use them.
 //!
 //! Sockets stay in blocking mode; whoever must not block says so per call (`DONTWAIT`). So a caller that drives its
 //! endpoint sleeps in `recv` itself, which is one system call and no hand-over.
@@ -62,8 +62,11 @@ pub(crate) fn connect(address: SocketAddr) -> io::Result<Socket> {
 /// Settings of a connected socket.
 pub(crate) fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_nonblocking(false)?;
-    socket.set_tcp_nodelay(true)?;
     socket.set_read_timeout(Some(RECV_TICK))?;
+    if socket.domain()? == Domain::UNIX {
+        return Ok(());
+    }
+    socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(Duration::from_secs(10)))?;
     let keepalive =
         TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(1)).with_retries(3);

@@ -21,7 +21,7 @@ use crate::error::AuthError;
 use crate::frame::{HEADER_BYTES, Header, Kind, MAGIC, VERSION};
 use crate::key::fresh;
 use crate::tcp::{self, Progress};
-use crate::{CloseCause, ProtocolError};
+use crate::{CloseCause, ProtocolError, local};
 
 /// Accepted per event, so that a flood of dialers does not starve the connected.
 const ACCEPTS: usize = 64;
@@ -68,9 +68,10 @@ pub(super) fn greetings_max() -> usize {
 }
 
 impl Driver {
-    pub(super) fn accept(self: &Arc<Self>) {
+    pub(super) fn accept(self: &Arc<Self>, token: u64) {
+        let Some(listener) = self.listeners.iter().find(|listener| listener.token() == token) else { return };
         for _ in 0..ACCEPTS {
-            let (socket, from) = match self.listener.socket().accept() {
+            let (socket, from) = match listener.socket().accept() {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
@@ -85,7 +86,7 @@ impl Driver {
                     tracing::warn!(%error, "accept; trying again in {ACCEPT_PAUSE:?}");
                     let until = Instant::now() + ACCEPT_PAUSE;
                     *lock(&self.accept_paused_until) = Some(until);
-                    self.listener.want(self, EventFlags::IN, false);
+                    self.listeners.iter().for_each(|listener| listener.want(self, EventFlags::IN, false));
                     self.schedule(until);
                     return;
                 }
@@ -99,6 +100,10 @@ impl Driver {
             tracing::debug!(%error, "accepted socket");
             return;
         }
+        let other_user = match from.is_unix().then(|| local::other_user(&socket)).transpose() {
+            Ok(other_user) => other_user.flatten(),
+            Err(error) => Some(format!("a process that the kernel does not name ({error})")),
+        };
         let registration = self.register(socket);
         let from = from.as_socket().map(|address| address.ip());
         let displaced = lock(&self.strangers).enter(registration.token(), from);
@@ -108,8 +113,12 @@ impl Driver {
         let deadline = Instant::now() + self.config.connect_timeout;
         let state = Mutex::new(State { bytes: Vec::new(), phase: Phase::Hello });
         let greeting = Arc::new(Greeting { registration: registration.clone(), deadline, state });
-        if self.add(&registration, EventFlags::IN, Source::Greeting(greeting)).is_ok() {
+        if self.add(&registration, EventFlags::IN, Source::Greeting(Arc::clone(&greeting))).is_ok() {
             self.schedule(deadline);
+        }
+        if let Some(peer) = other_user {
+            lock(&greeting.state).phase = Phase::Over;
+            self.refuse(&greeting, CloseCause::Auth(AuthError::OtherUser { peer }));
         }
     }
 

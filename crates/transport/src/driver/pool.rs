@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::time::{Itimerspec, TimerfdTimerFlags, timerfd_settime};
 
 use super::job::{Job, Turn};
-use super::{Driver, EVENTS, LISTENER, WAKE};
+use super::{Driver, EVENTS, LISTENERS, WAKE};
 use crate::endpoint::lock;
 
 /// Heartbeats that may be missed in a row: the next one ends the connection.
@@ -136,7 +136,7 @@ impl Driver {
                 WAKE => {
                     let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
                 }
-                LISTENER => self.accept(),
+                listener if LISTENERS.contains(&listener) => self.accept(listener),
                 _ => self.dispatch_guarded(token, flags, turn),
             }
         }

@@ -248,7 +248,7 @@ impl Driver {
                 *lock(&self.accept_paused_until) = Some(until);
                 self.next_timer_us.fetch_min(self.micros(until), Ordering::SeqCst);
             }
-            Some(_) => self.listener.want(self, EventFlags::IN, true),
+            Some(_) => self.listeners.iter().for_each(|listener| listener.want(self, EventFlags::IN, true)),
             None => {}
         }
         let service = lock(&self.service).clone();

@@ -96,16 +96,19 @@ impl Endpoint {
 
     /// Opens the bulk connection. After a failure the caller closes the endpoint, once it has let go of its locks.
     pub(super) fn dial_bulk(self: &Arc<Self>, bulk: &mut Bulk) -> Result<(), CloseCause> {
-        let Some(address) = self.dialed else { return Ok(()) };
+        let Some((target, _)) = &self.dialed else { return Ok(()) };
         let (hello, proof) = self.hello(Role::Bulk { key: bulk.key })?;
         (bulk.prefix, bulk.proof) = (greeting(Kind::Hello, &hello), proof);
         if self.cause.get().is_some() {
             return Ok(()); // closed meanwhile, and nobody would close this connection
         }
-        let failed = |source| CloseCause::Connect { address, source: Arc::new(source) };
-        let registration = self.driver.register(tcp::connect(address).map_err(failed)?);
+        let (socket, route) = self.driver.connect(target).map_err(|error| match error {
+            TransferError::Connect { route, source } => CloseCause::Connect { route, source },
+            error => CloseCause::PeerLost { source: Some(Arc::new(io::Error::other(error))) },
+        })?;
+        let registration = self.driver.register(socket);
         if let Err(error) = self.driver.add_bulk(self, &registration, EventFlags::OUT) {
-            return Err(failed(io::Error::other(error)));
+            return Err(CloseCause::Connect { route, source: Arc::new(io::Error::other(error)) });
         }
         let now = Instant::now();
         bulk.link = BulkLink::Connecting(registration, now);
@@ -205,7 +208,7 @@ impl Endpoint {
         let mut bulk = lock(&self.bulk);
         if let BulkLink::Connecting(link, since) = &bulk.link {
             let (link, since) = (link.clone(), *since);
-            finish_connect(link.socket(), self.dialed)?;
+            finish_connect(link.socket(), self.route())?;
             if bulk.proof.is_some() {
                 write_greeting(link.socket(), &std::mem::take(&mut bulk.prefix))?;
                 bulk.link = BulkLink::Proving(link.clone(), since, Vec::new());
