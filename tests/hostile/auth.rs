@@ -230,7 +230,7 @@ fn a_proof_that_stalls_or_trickles_is_refused_in_time() {
                 slow.send(bytes.next().expect("the refusal comes before the proof's end"));
             }
             for peer in [&mut silent, &mut slow] {
-                assert_says(&peer.close_text(), "no complete proof of the job key within 1.9s");
+                assert_says(&peer.close_text(), "no complete proof of the job key within ");
             }
         });
         assert!(took < Duration::from_secs(9), "{took:?}");
@@ -257,7 +257,7 @@ fn a_flood_of_half_open_connections_locks_nobody_out() {
                 *peer = newer;
             }
             let took = timed(|| target.serves_others());
-            assert!(took < Duration::from_secs(4), "not only once the flood's time is over: {took:?}");
+            assert!(took < Duration::from_millis(1500), "not only once the flood's time is over: {took:?}");
         }
         assert!(displaced > 0);
         println!("{displaced} of a flood displaced, {max} in their greeting");
