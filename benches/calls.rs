@@ -1,13 +1,14 @@
 //! What does a call cost beside the raw socket under it?
 //!
-//! Question: latency of a small call over TCP loopback beside a raw blocking ping-pong; time of `sink` of 16 and 256 MiB
+//! Question: latency of a small call beside a raw blocking ping-pong over TCP loopback; time of `sink` of 16 and 256 MiB
 //! beside a raw TCP stream into warm memory; page faults per call once warm.
 //! Method: two processes; raw and farcall blocks alternate within one run; medians over blocks, with the lowest and
 //! highest. Small calls are measured twice: both processes on one processor, and one on each. Left to the scheduler, either
 //! placement comes about by chance and stays, and the second is many times slower where idle processors halt (virtual
 //! machines), so that a raw socket and a call would be compared in different ones. The raw stream uses the better of the
 //! kernel's own and 512 KiB socket buffers. Wall time is for a quiet machine: read the ratios.
-//! Run: `cargo run --release -p farcall-benches --bin calls`.
+//! Run: `cargo run --release -p farcall-benches --bin calls`. Calls go by Unix sockets, with `FARCALL_TRANSPORT=tcp` over TCP
+//! as the raw sockets do.
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 
 use std::hint::black_box;
@@ -179,7 +180,9 @@ fn main() -> Outcome {
         }
         _ => {}
     }
-    println!("small call, two processes, TCP loopback; microseconds, median of {SMALL_BLOCKS} blocks of {SMALL_CALLS}");
+    println!(
+        "small call, two processes, raw: TCP loopback; microseconds, median of {SMALL_BLOCKS} blocks of {SMALL_CALLS}"
+    );
     for Placement { name, client, server } in PLACEMENTS {
         if client != server && std::thread::available_parallelism()?.get() < 2 {
             println!("{name}: skipped, there is one processor");
@@ -253,6 +256,9 @@ fn join(store: &StoreServer, port_file: &std::path::Path) -> Outcome<(Agent, Raw
     set_buffers(&tuned)?;
     let mut options = Options::new(0, 2, store.address().to_string());
     options.host_store = false;
+    if let Ok(transport) = std::env::var("FARCALL_TRANSPORT") {
+        options.transport = transport.parse()?;
+    }
     Ok((Agent::join_blocking(options)?, Raw { pong, plain, tuned }))
 }
 
@@ -325,7 +331,7 @@ fn warm(len: usize) -> Outcome<Tensor> {
 
 fn streams(agent: &Agent, raw: &mut Raw) -> Outcome {
     let Raw { plain, tuned, .. } = raw;
-    println!("\nsink of a tensor in a slab, two processes, TCP loopback; median of {STREAM_BLOCKS} blocks");
+    println!("\nsink of a tensor in a slab, two processes, raw: TCP loopback; median of {STREAM_BLOCKS} blocks");
     println!("{:<30} {:>10} {:>10} {:>10} {:>8} {:>7}", "", "median us", "lowest", "highest", "GB/s", "ratio");
     let mut ack = [0];
     for (mib, count) in [(1, 200), (16, 20), (256, 3)] {

@@ -24,6 +24,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("docs"), title: "documentation without warnings", run: docs },
     Step { command: Some("examples"), title: "release build, and every example of crates/farcall", run: examples },
     Step { command: Some("demo"), title: "`farcall demo`, without a word on standard error", run: demo },
+    Step { command: Some("tcp"), title: "integration tests over TCP, and without a job key", run: tcp },
     Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
     Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
@@ -105,6 +106,13 @@ fn demo() -> StepResult {
     build_release()?;
     let stderr = farcall("demo").run_within(PROGRAM_LIMIT)?;
     if stderr.is_empty() { Ok(Outcome::Passed) } else { Err(farcall("demo").failure("it wrote to standard error")) }
+}
+
+/// With the others they run by Unix sockets and with a key.
+fn tcp() -> StepResult {
+    let tests = Shell::new("cargo test -p farcall-tests --test all");
+    tests.env("FARCALL_TRANSPORT", "tcp").env("TEST_KEY", "none").run()?;
+    Ok(Outcome::Passed)
 }
 
 /// The integration tests run inline with the others; here in the modes in which a missing wait shows: with a seed that stays,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use farcall::device::{Config, bf16, f16};
 use farcall::prelude::*;
-use farcall::{Error, Runtime, TensorMut};
+use farcall::{Error, Route, Runtime, TensorMut};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
@@ -341,7 +341,12 @@ fn bandwidth(agent: &Agent) -> Result<(), Failure> {
         check(back.as_slice::<u8>()? == big.as_slice::<u8>()?, "the bytes of the echo")?;
     }
     let rates: Vec<String> = rates.iter().map(|rate| format!("{rate:.2}")).collect();
-    println!("  {} GB/s over TCP, every byte compared", rates.join(", "));
+    let socket = match agent.to("w1").dialed() {
+        Some(Route::Unix(_)) => "by a Unix socket",
+        Some(Route::Tcp(_)) => "over TCP",
+        _ => "on a connection that w1 opened",
+    };
+    println!("  {} GB/s {socket}, every byte compared", rates.join(", "));
     Ok(())
 }
 
