@@ -30,6 +30,6 @@ pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
 pub use key::{JobKey, KeyError};
-pub use receive::{Frame, Unanswered};
 pub use local::{LocalAddress, Transport};
+pub use receive::{Frame, Unanswered};
 pub use store::*;
