@@ -112,6 +112,43 @@ pub(crate) fn hold(key: String) -> bool {
     gate(&key).pass()
 }
 
+/// Writes so many MiB of tensors, and keeps them.
+#[farcall::function(name = "test::keep_mib")]
+pub(crate) fn keep_mib(cx: &Call, mib: usize) -> Result<()> {
+    static KEPT: Mutex<Vec<farcall::Storage>> = Mutex::new(Vec::new());
+    for _ in 0..mib / 64 {
+        let mut bytes = cx.agent().runtime().alloc_host(64 << 20)?;
+        bytes.as_bytes_mut()?.fill(7);
+        KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(bytes.freeze_ready());
+    }
+    Ok(())
+}
+
+/// Starts a process that inherits every socket of this one and outlives it; gives its id.
+#[farcall::function(name = "test::leave_an_heir")]
+pub(crate) fn leave_an_heir() -> Result<u32> {
+    use std::os::fd::BorrowedFd;
+    let mut sockets = 0;
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let path = entry?.path();
+        // The folder's own descriptor is gone by now.
+        let Ok(target) = std::fs::read_link(&path) else { continue };
+        if let Some(number) = path.file_name().and_then(|name| name.to_str()?.parse().ok())
+            && target.to_string_lossy().starts_with("socket:")
+        {
+            #[expect(unsafe_code, reason = "a descriptor that this process has, by its number")]
+            // SAFETY: it was open a moment ago; should it be closed meanwhile, setting a flag on another harms nobody here.
+            let socket = unsafe { BorrowedFd::borrow_raw(number) };
+            rustix::io::fcntl_setfd(socket, rustix::io::FdFlags::empty())?;
+            sockets += 1;
+        }
+    }
+    assert!(sockets > 1, "a listener and a connection at least");
+    let null = std::process::Stdio::null;
+    let heir = std::process::Command::new("sleep").arg("60").stdin(null()).stdout(null()).stderr(null()).spawn()?;
+    Ok(heir.id())
+}
+
 /// Computes for so many milliseconds.
 #[farcall::function(name = "test::spin")]
 pub(crate) fn spin(millis: u64) -> bool {

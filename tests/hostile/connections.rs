@@ -106,11 +106,12 @@ fn a_peer_that_reads_nothing_is_not_read_either_and_then_lost() {
         let (mut sent, mut blocked) = (0, Duration::ZERO);
         loop {
             let before = started.elapsed();
-            if !flood.try_send(&echo_32_kib(sent)) {
+            let taken = flood.try_send(&echo_32_kib(sent));
+            blocked = blocked.max(started.elapsed() - before);
+            if !taken {
                 break;
             }
             sent += 1;
-            blocked = blocked.max(started.elapsed() - before);
             assert!(started.elapsed() < Duration::from_secs(10), "the worker takes everything");
         }
         println!(

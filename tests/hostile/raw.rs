@@ -398,6 +398,9 @@ impl RawPeer {
         if metadata.varint() == 1 {
             let [_name, _boot] = [metadata.text(), metadata.text()];
             let [_network, _user] = [metadata.varint(), metadata.varint()];
+            if metadata.varint() == 1 {
+                let [_page, _id] = [metadata.varint(), metadata.varint()];
+            }
         }
         let key = metadata.varint();
         assert_eq!(metadata.0, [1, 0], "the version and the features to go on with");

@@ -7,7 +7,10 @@ use farcall::prelude::*;
 use farcall::{CloseCause, Stage};
 use rustix::process::Signal;
 
-use crate::functions::{add, arrived, hash, hold, hold_there, open, pattern, pattern_there, quit, spin, spin_inline};
+use crate::functions::{
+    add, arrived, hash, hold, hold_there, keep_mib, leave_an_heir, open, pattern, pattern_there, quit, spin,
+    spin_inline,
+};
 use crate::harness::{block_on, bounded, eventually, step, unique};
 
 use super::spawn::Processes;
@@ -169,6 +172,59 @@ fn a_worker_that_exits_without_a_word_is_a_lost_one() {
         assert!(processes.workers[1].take().expect("a process").end().status.success());
         assert_lost(agent.to("w1").call(add, (2, 3)).wait(), "test::add", Stage::Connecting);
         assert_eq!(agent.to("w2").call(add, (2, 3)).wait().expect("w2 lives"), 5);
+        processes.shutdown(&agent);
+    });
+}
+
+/// How soon the kernel tells a death on this host, whatever the dead leave behind.
+const DIED_WITHIN: Duration = Duration::from_millis(100);
+
+/// Kills a worker; gives how soon those who wait for it were told.
+fn told_of_death(processes: &mut Processes, agent: &Agent, killed: usize) -> Duration {
+    let key = unique("at-once");
+    let target = agent.to(killed as u32);
+    let waiting = target.call(hold, (&key,));
+    let awaited = target.call(hold, (&key,)).into_future();
+    assert!(target.call(arrived, (&key, 2)).wait().expect("it lives"));
+    let waiter = std::thread::spawn(move || (waiting.wait(), Instant::now()));
+    let started = Instant::now();
+    processes.worker(killed).signal(Signal::KILL);
+    let awaited = block_on(awaited);
+    let told = started.elapsed();
+    let (waited, at) = waiter.join().expect("no panic");
+    for outcome in [waited, awaited] {
+        let error = assert_lost(outcome, "test::hold", Stage::Waiting);
+        let CallError::PeerLost { cause, .. } = &error else { unreachable!("checked above") };
+        assert!(matches!(**cause, CloseCause::Died | CloseCause::PeerLost { .. }), "{cause}");
+    }
+    told.max(at - started)
+}
+
+#[test]
+fn a_death_is_told_at_once_though_a_gibibyte_is_to_be_freed() {
+    bounded(|| {
+        let (mut processes, agent) = Processes::serving(2);
+        agent.to("w1").call(keep_mib, (1024,)).wait().expect("memory");
+        let told = told_of_death(&mut processes, &agent, 1);
+        println!("told within {told:?}");
+        assert!(told < DIED_WITHIN, "{told:?}");
+        processes.kill(1);
+        processes.shutdown(&agent);
+    });
+}
+
+/// The dead worker's sockets live on in a child: no connection ends.
+#[test]
+fn a_death_is_told_at_once_though_a_child_holds_the_sockets() {
+    bounded(|| {
+        let (mut processes, agent) = Processes::serving(2);
+        let heir = agent.to("w1").call(leave_an_heir, ()).wait().expect("a child");
+        let told = told_of_death(&mut processes, &agent, 1);
+        println!("told within {told:?}");
+        assert!(told < DIED_WITHIN, "{told:?}");
+        let heir = rustix::process::Pid::from_raw(heir as i32).expect("a process");
+        rustix::process::kill_process(heir, Signal::KILL).expect("it lives on");
+        processes.kill(1);
         processes.shutdown(&agent);
     });
 }

@@ -51,7 +51,7 @@ pub enum Route {
     /// Over TCP.
     Tcp(SocketAddr),
     /// By a Unix socket on this host.
-    Unix(LocalAddress),
+    Unix(Arc<LocalAddress>),
 }
 
 impl fmt::Display for Route {

@@ -260,13 +260,13 @@ impl Driver {
         };
         if let Some(address) = near {
             match local::connect(address) {
-                Ok(socket) => return Ok((socket, Route::Unix(address.clone()))),
+                Ok(socket) => return Ok((socket, Route::Unix(Arc::new(address.clone())))),
                 Err(error) if self.config.transport == Transport::Auto => {
                     let fallbacks = self.fallbacks.fetch_add(1, Ordering::Relaxed) + 1;
                     tracing::debug!(%error, worker = %target.id, fallbacks, "no Unix socket; dialing TCP");
                 }
                 Err(error) => {
-                    let (route, source) = (Route::Unix(address.clone()), Arc::new(error));
+                    let (route, source) = (Route::Unix(Arc::new(address.clone())), Arc::new(error));
                     return Err(TransferError::Connect { route, source });
                 }
             }

@@ -40,7 +40,7 @@ use crate::error::AuthError;
 use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
 use crate::receive::{Received, Receiver, Transfers};
 use crate::tcp::{self, Progress, Wait};
-use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo};
+use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life, local};
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
@@ -502,6 +502,7 @@ impl Endpoint {
         }
         // The only writer: frames of one connection are delivered one at a time, and a second welcome is refused.
         let _ = self.remote.set(welcome.worker);
+        self.watch_life();
         let mut tx = lock(&self.tx);
         let mut bulk = lock(&self.bulk);
         bulk.key = welcome.bulk_key;
@@ -572,6 +573,27 @@ impl Endpoint {
 
     // ---- time and the end ----
 
+    /// Has the endpoint close when the peer's process dies, if both are processes of one user on one host.
+    pub(crate) fn watch_life(self: &Arc<Self>) {
+        let theirs = self.remote.get().and_then(|remote| remote.local.as_ref());
+        let (Some(own), Some(theirs)) = (&self.driver.config().worker.local, theirs) else { return };
+        if let Some(life) = theirs.life.filter(|_| own.is_near(theirs))
+            && let Some(process) = local::peer_process(self.control.socket())
+            && let Err(error) = life::watch(self, process, life)
+        {
+            tracing::debug!(%error, peer = ?self.peer_id(), "its death will be told by the socket or by silence");
+        }
+    }
+
+    pub(crate) fn on_death(self: &Arc<Self>) {
+        self.close(CloseCause::Died);
+    }
+
+    /// Whether the peer has sent what is not read yet, or has closed.
+    pub(crate) fn has_unread(&self) -> bool {
+        self.poll_readable(Duration::ZERO).unwrap_or(true)
+    }
+
     /// The peer lives.
     fn hear(&self) {
         self.heard.store(self.driver.beats(), Ordering::Relaxed);
@@ -591,7 +613,7 @@ impl Endpoint {
             self.hear();
         } else if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
             // Who is not read, because a handler holds the reader up, is not silent.
-            if !self.poll_readable(Duration::ZERO).unwrap_or(true) {
+            if !self.has_unread() {
                 return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
             }
             self.hear();
@@ -682,6 +704,10 @@ impl Endpoint {
         };
         drop((queue, current));
         self.driver.forget_key(key);
+        if matches!(*cause, CloseCause::Died | CloseCause::Silent { .. }) {
+            // Nothing is to come: a caller that sleeps in its read wakes at once.
+            let _ = self.control.socket().shutdown(Shutdown::Both);
+        }
         self.driver.linger(&self.control);
         if let Some(peer) = self.peer.get() {
             peer.on_closed(self, &cause);

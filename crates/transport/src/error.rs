@@ -131,6 +131,9 @@ pub enum CloseCause {
     /// The peer's process or connection is gone, without a word.
     #[error("the peer's connection ended without a goodbye: its process died or was cut off")]
     PeerLost { source: Option<Arc<io::Error>> },
+    /// The peer's process on this host died.
+    #[error("the peer's process died")]
+    Died,
     /// Not a byte from the peer for so long, though a living one sends some all the time.
     #[error("nothing was heard from the peer for {silent:?}: it is stopped, starved of processors or cut off")]
     Silent { silent: Duration },

@@ -20,6 +20,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::error::AuthError;
 use crate::key::fresh;
+use crate::{LifeAddress, life};
 
 const LISTEN_BACKLOG: i32 = 1024;
 /// Longer is no name of ours.
@@ -61,6 +62,8 @@ pub struct LocalAddress {
     pub network: u64,
     /// The effective user.
     pub user: u32,
+    /// What tells that the process lives.
+    pub life: Option<LifeAddress>,
 }
 
 impl LocalAddress {
@@ -72,6 +75,7 @@ impl LocalAddress {
             boot: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_ascii().into(),
             network: std::fs::metadata("/proc/thread-self/ns/net")?.ino(),
             user: geteuid().as_raw(),
+            life: life::own(),
         })
     }
 
@@ -113,6 +117,12 @@ pub(crate) fn connect(address: &LocalAddress) -> io::Result<Socket> {
         None => Ok(socket),
         Some(peer) => Err(io::Error::new(io::ErrorKind::PermissionDenied, AuthError::OtherUser { peer })),
     }
+}
+
+/// The process at the other end, as this one's namespace numbers it; `None` if that is another namespace's.
+pub(crate) fn peer_process(socket: &Socket) -> Option<u32> {
+    let peer = rustix::net::sockopt::socket_peercred(socket.as_fd()).ok()?;
+    u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
 }
 
 /// A description of the process at the other end if it is another user's.

@@ -296,6 +296,7 @@ impl Driver {
                     self.add_control(&endpoint, EventFlags::IN).inspect_err(|_| {
                         endpoint.close(CloseCause::LocalShutdown);
                     })?;
+                    endpoint.watch_life();
                     // Only now may others find it: what they send goes behind the welcome, and is kept time of.
                     peer.on_opened(&endpoint);
                 }
