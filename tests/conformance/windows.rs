@@ -5,7 +5,7 @@ use std::time::Duration;
 use farcall::Stage;
 use farcall::prelude::*;
 
-use crate::functions::{add, echo, gate, hash_after, hold, hold_async, pattern};
+use crate::functions::{add, echo, gate, hash_after, hold, hold_async, pattern, relay, spin_inline};
 use crate::harness::{Group, block_on, bounded, counting, eventually, step, unique};
 
 fn with_window(requests: usize, bytes: u64) -> Group {
@@ -100,6 +100,36 @@ fn more_calls_than_may_wait_are_refused_at_once() {
         eventually("no call is in flight", Duration::from_secs(5), || group.agents[0].in_flight() == 0);
         assert_eq!(gate(&key).arrived(), 1);
         group.answers();
+        group.shutdown();
+    });
+}
+
+#[test]
+fn handlers_beyond_their_limit_wait_for_a_turn() {
+    bounded(|| {
+        let group = Group::with(2, |options| options.handlers_max = 2);
+        let (w1, key) = (group.agents[0].to("w1"), unique("handlers"));
+        let held: Vec<_> = (0..6).map(|_| w1.call(hold, (&key,))).collect();
+        assert!(gate(&key).wait_arrived(2));
+        // Inline handlers, and those that hold no thread, need none.
+        assert!(w1.call(spin_inline, (0,)).wait().expect("inline"));
+        assert_eq!(gate(&key).arrived(), 2);
+        gate(&key).open();
+        assert!(held.into_iter().all(|held| held.wait().expect("its turn came")));
+        group.shutdown();
+    });
+}
+
+/// Each of the 64 waits for the next in its thread, and there is room for one.
+#[test]
+fn nested_calls_complete_with_a_single_handler_at_a_time() {
+    bounded(|| {
+        let group = Group::with(2, |options| options.handlers_max = 1);
+        let through: Vec<String> = (0..64).map(|depth| format!("w{}", depth % 2)).collect();
+        assert_eq!(group.agents[0].to("w1").call(relay, (&through, 0)).wait().expect("a sum"), 65);
+        // All to oneself, by no socket.
+        let through: Vec<String> = vec!["w1".to_owned(); 64];
+        assert_eq!(group.agents[0].to("w1").call(relay, (&through, 0)).wait().expect("a sum"), 65);
         group.shutdown();
     });
 }

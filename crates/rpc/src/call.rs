@@ -249,6 +249,21 @@ impl<T: DeserializeOwned> Reply<T> {
     }
 
     fn wait_encoded(&self) -> Result<Encoded, CallError> {
+        if self.slot.is_done() {
+            return self.slot.park(|| Stage::Waiting);
+        }
+        // A handler that waits here leaves its place to another, which may be the one that it waits for.
+        match (&self.endpoint, self.slot.origin.get()) {
+            (Some(endpoint), _) => endpoint.driver().blocking(|| self.sleep()),
+            (None, Some(Origin::Here { agent, .. })) => match agent.upgrade() {
+                Some(agent) => agent.driver.blocking(|| self.sleep()),
+                None => self.sleep(),
+            },
+            _ => self.sleep(),
+        }
+    }
+
+    fn sleep(&self) -> Result<Encoded, CallError> {
         if let Some(endpoint) = &self.endpoint {
             endpoint.drive_until(&|| self.slot.is_done(), self.slot.deadline);
         }

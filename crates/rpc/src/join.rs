@@ -21,6 +21,8 @@ use crate::agent::{Acceptor, Agent};
 use crate::error::JoinError;
 use crate::{DeviceMap, Registry};
 
+/// Threads of one agent at most: handlers that run, and those that wait for calls of their own.
+const THREADS_MAX: usize = 4096;
 /// How often a leaving worker looks whether its own calls have ended.
 const DRAIN_TICK: Duration = Duration::from_millis(2);
 /// How long threads may take to end after everything was closed.
@@ -65,6 +67,9 @@ pub struct Options {
     pub peer_timeout: Duration,
     /// How long [`Agent::shutdown`] waits for calls in flight and for the others. Default 60 s.
     pub shutdown_timeout: Duration,
+    /// Handlers that run at a time on the agent's threads; more wait for their turn. One that waits for a reply is not counted,
+    /// nor is an async one that waits. Default 1,024.
+    pub handlers_max: usize,
     /// The functions served. Default: all that are linked in.
     pub registry: Option<Registry>,
     /// Where async handlers run. Default: a small runtime of the agent's own.
@@ -97,6 +102,7 @@ impl Options {
             connect_timeout: Duration::from_millis(1900),
             peer_timeout: Duration::from_millis(1600),
             shutdown_timeout: Duration::from_secs(60),
+            handlers_max: 1024,
             registry: None,
             runtime: None,
             device_runtime: None,
@@ -275,7 +281,8 @@ impl Agent {
             runtime: options.device_runtime.clone().unwrap_or_else(|| Runtime::global().clone()),
             connect_timeout: options.connect_timeout,
             peer_timeout: options.peer_timeout,
-            threads_max: 1024,
+            handlers_max: options.handlers_max,
+            threads_max: THREADS_MAX,
             key: options.key.clone(),
             advertise,
             transport: options.transport,

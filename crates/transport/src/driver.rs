@@ -89,7 +89,9 @@ pub struct DriverConfig {
     /// How long a peer may be silent, at most, until it counts as lost. It is sent a ping four times as often, and must do the
     /// same: both sides of a connection should agree.
     pub peer_timeout: Duration,
-    /// Threads at most, handlers that block included. Default 1,024.
+    /// Handlers that run at a time; those that wait in [`Driver::blocking`] are not counted. More wait for a thread.
+    pub handlers_max: usize,
+    /// Threads at most, handlers that block included.
     pub threads_max: usize,
     /// Every connection must prove it, in both directions. Without one, only loopback is listened on.
     pub key: Option<JobKey>,
@@ -191,7 +193,14 @@ impl Driver {
             unflushed: Mutex::default(),
             next_token: AtomicU64::new(FIRST_TOKEN),
             bulk_keys: Mutex::default(),
-            pool: Mutex::new(Pool { jobs: VecDeque::new(), idle: 0, threads: HashSet::new(), led: false, stop: false }),
+            pool: Mutex::new(Pool {
+                jobs: VecDeque::new(),
+                running: 0,
+                idle: 0,
+                threads: HashSet::new(),
+                led: false,
+                stop: false,
+            }),
             work: Condvar::new(),
             ended: Condvar::new(),
             term: AtomicU64::new(0),

@@ -3,9 +3,11 @@
 //! Invariant D2: a thread in a job leads for at most two [`WATCH_TICK`]s. The role, the jobs and who is busy change under the
 //! pool's lock; the leader sleeps only when no job waits that it may run.
 
+use std::cell::Cell;
 use std::collections::{HashSet, VecDeque};
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 use std::thread;
@@ -30,8 +32,15 @@ const FLUSH_AFTER: Duration = Duration::from_micros(20);
 /// How long a thread without work stays.
 const IDLE_EXIT: Duration = Duration::from_secs(5);
 
+thread_local! {
+    /// The driver whose job this thread runs.
+    static RUNNING: Cell<*const Driver> = const { Cell::new(ptr::null()) };
+}
+
 pub(super) struct Pool {
     pub(super) jobs: VecDeque<Job>,
+    /// Threads in a job, without those that wait in [`Driver::blocking`].
+    pub(super) running: usize,
     pub(super) idle: usize,
     /// Those that were started and have not ended, the watchdog's too.
     pub(super) threads: HashSet<thread::ThreadId>,
@@ -57,11 +66,15 @@ impl Driver {
                 drop(pool);
                 self.lead(term, &mut turn);
                 pool = lock(&self.pool);
-            } else if let Some(job) = pool.jobs.pop_front() {
+            } else if pool.running < self.config.handlers_max.max(1)
+                && let Some(job) = pool.jobs.pop_front()
+            {
+                pool.running += 1;
                 drop(pool);
-                job.run(&mut turn);
+                self.run(job, &mut turn);
                 self.finish_turn(&mut turn);
                 pool = lock(&self.pool);
+                pool.running -= 1;
             } else {
                 pool.idle += 1;
                 let (woken, timeout) = match self.work.wait_timeout(pool, IDLE_EXIT) {
@@ -70,7 +83,7 @@ impl Driver {
                 };
                 pool = woken;
                 pool.idle -= 1;
-                if timeout.timed_out() && pool.led && pool.jobs.is_empty() {
+                if timeout.timed_out() && pool.led && (pool.jobs.is_empty() || pool.idle > 0) {
                     break;
                 }
             }
@@ -114,7 +127,35 @@ impl Driver {
     /// Jobs wait, and the leader may take one: another thread is left to lead. Else they wait for a worker, as replies and
     /// deadlines must not.
     fn may_run(&self, pool: &Pool) -> bool {
-        !pool.jobs.is_empty() && (pool.idle > 0 || pool.threads.len() < self.config.threads_max)
+        !pool.jobs.is_empty()
+            && pool.running < self.config.handlers_max.max(1)
+            && (pool.idle > 0 || pool.threads.len() < self.config.threads_max)
+    }
+
+    fn run(self: &Arc<Self>, job: Job, turn: &mut Turn) {
+        let before = RUNNING.replace(Arc::as_ptr(self));
+        job.run(turn);
+        RUNNING.set(before);
+    }
+
+    /// Runs `f`, which waits for something that other jobs may have to bring: meanwhile one more of them may run. From any
+    /// thread; it is the driver's own jobs that count.
+    pub fn blocking<R>(&self, f: impl FnOnce() -> R) -> R {
+        if !ptr::eq(RUNNING.get(), self) {
+            return f();
+        }
+        let mut pool = lock(&self.pool);
+        pool.running -= 1;
+        let (waiting, idle) = (!pool.jobs.is_empty(), pool.idle > 0);
+        drop(pool);
+        match (waiting, idle) {
+            (true, true) => self.work.notify_one(),
+            (true, false) => self.wake_leader(),
+            (false, _) => {}
+        }
+        let result = f();
+        lock(&self.pool).running += 1;
+        result
     }
 
     /// Waits for events, unless jobs wait already, and hands them to their sources.
@@ -163,14 +204,18 @@ impl Driver {
     /// Runs jobs until none is left or the role is: given away before a long one, or taken by the watchdog.
     fn run_jobs_as_leader(self: &Arc<Self>, term: u64, turn: &mut Turn) {
         let mut waiting_since = None;
+        let mut ran = 0;
         loop {
             let (job, alone) = {
                 // One lock for the role, the job and who is busy: `pass_role` takes it, too.
                 let mut pool = lock(&self.pool);
+                pool.running -= std::mem::take(&mut ran);
                 if !self.leads(term) || !self.may_run(&pool) {
                     break;
                 }
                 let Some(job) = pool.jobs.pop_front() else { break };
+                pool.running += 1;
+                ran = 1;
                 let alone = !job.cost.is_short() && self.pass_role(&mut pool, term);
                 if !alone {
                     self.jobs_begun.fetch_add(1, Ordering::SeqCst);
@@ -184,7 +229,7 @@ impl Driver {
             } else if !self.watching.swap(true, Ordering::SeqCst) {
                 self.tick_watchdog(WATCH_TICK);
             }
-            job.run(turn);
+            self.run(job, turn);
             // Fails when the role was taken away: then it speaks of another leader.
             let _ = self.busy_term.compare_exchange(term, 0, Ordering::SeqCst, Ordering::SeqCst);
             // What the job has spawned is next, here or with whoever leads now.
