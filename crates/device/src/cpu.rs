@@ -202,6 +202,11 @@ impl Engine {
         }
     }
 
+    /// Notes a stream that the engine orders and does not run.
+    pub(crate) fn begin_lease(&self, stream: StreamId) {
+        self.host().begin(stream);
+    }
+
     pub(crate) fn end_lease(&self, stream: StreamId) {
         self.host().end(stream);
     }
@@ -210,13 +215,13 @@ impl Engine {
     pub(crate) fn push(self: &Arc<Self>, work: &Work, op: Op) {
         let outside: Vec<_> = if self.is_chaos() {
             let outside = op.waits.iter().filter(|wait| wait.is_outside());
-            outside.map(|wait| (Arc::clone(&wait.progress), wait.ticket)).collect()
+            outside.map(|wait| (Arc::clone(&wait.progress), wait.ticket, wait.foreign.clone())).collect()
         } else {
             Vec::new()
         };
         lock(&work.ops).queue.push_back(op);
         work.enqueued.notify_one();
-        for (progress, ticket) in outside {
+        for (progress, ticket, foreign) in outside {
             // Until this returns nobody can want the operation, and under the caller's lock nothing may run: no kick is needed.
             let registered = Arc::new(AtomicBool::new(false));
             let (engine, may_kick) = (Arc::downgrade(self), Arc::clone(&registered));
@@ -226,6 +231,8 @@ impl Engine {
                 }
             });
             registered.store(true, Ordering::Release);
+            // A CUDA device tells only who asked.
+            foreign.iter().for_each(Event::watch);
         }
     }
 
@@ -275,7 +282,7 @@ impl Engine {
                     Obstacle::Outside(foreign) => foreign,
                 };
                 if !asked_others && !foreign.is_empty() {
-                    // Another runtime's streams may need somebody to ask, too.
+                    // Another runtime's streams, and CUDA devices, may need somebody to ask, too.
                     asked_others = true;
                     drop(chaos);
                     foreign.iter().for_each(|event| drop(event.query()));
@@ -439,7 +446,7 @@ pub(crate) struct Wait {
     stream: StreamId,
     progress: Arc<Progress>,
     ticket: u64,
-    /// The event itself, if another runtime completes it.
+    /// The event itself, if another runtime or a CUDA device completes it.
     foreign: Option<Event>,
 }
 
@@ -448,7 +455,10 @@ impl Wait {
     pub(crate) fn on(event: &Event, engine: &Arc<Engine>) -> Option<Self> {
         let lane = event.lane()?;
         let other = lane.engine.as_ref().is_some_and(|other| !Arc::ptr_eq(other, engine));
-        let foreign = (other && !lane.progress.is_by_hand()).then(|| event.clone());
+        let foreign = match &lane.cuda {
+            Some(_) => Some(event.detached()),
+            None => (other && !lane.progress.is_by_hand()).then(|| event.clone()),
+        };
         Some(Self { stream: event.stream(), progress: Arc::clone(&lane.progress), ticket: event.ticket(), foreign })
     }
 

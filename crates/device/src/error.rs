@@ -38,6 +38,18 @@ pub enum DeviceError {
         /// The driver's code and name of the fault.
         reason: Arc<str>,
     },
+    /// The driver refused a call. The device goes on.
+    #[error("{device}: {call} failed: {name} ({code})")]
+    Driver {
+        /// The device it was asked of.
+        device: Device,
+        /// The driver's call.
+        call: &'static str,
+        /// Its status.
+        code: u32,
+        /// The status' name in the driver's documentation.
+        name: &'static str,
+    },
     /// The [`Promise`](crate::Promise) was dropped without a value: its producer panicked or gave up.
     #[error("the producer of this value went away without completing it")]
     BrokenPromise,

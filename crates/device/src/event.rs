@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
 use crate::cpu::{Engine, Patience};
+use crate::cuda::CudaStream;
 use crate::progress::{Outcome, Progress};
 use crate::waiter::Waiter;
 use crate::{DeviceError, Runtime, StreamId};
@@ -38,6 +39,8 @@ struct Point {
 pub(crate) struct Lane {
     pub(crate) progress: Arc<Progress>,
     pub(crate) engine: Option<Arc<Engine>>,
+    /// The stream of a CUDA device whose driver knows how far it is.
+    pub(crate) cuda: Option<Arc<CudaStream>>,
 }
 
 impl Event {
@@ -80,7 +83,7 @@ impl Event {
         let progress = Progress::new(true);
         let trigger = Trigger { progress: Some(Arc::clone(&progress)), ticket: ticket.max(1) };
         // A ticket of 0 has always passed: such an event is told apart by a progress of its own.
-        let lane = Arc::new(Lane { progress, engine });
+        let lane = Arc::new(Lane { progress, engine, cuda: None });
         (trigger, Self { stream, ticket, point: Some(Point { lane, clock }) })
     }
 
@@ -154,6 +157,7 @@ impl Event {
         let Some(point) = &self.point else { return Ok(()) };
         let deadline = Instant::now().checked_add(timeout);
         self.drive(Patience::Until(deadline, timeout))?;
+        self.watch();
         let outcome = point.lane.progress.block(self.slot(), deadline);
         self.learn(outcome.as_ref());
         outcome.unwrap_or(Err(DeviceError::Timeout { what: "an event", waited: timeout }))
@@ -196,8 +200,39 @@ impl Event {
     pub(crate) fn on_over(&self, callback: impl FnOnce() + Send + 'static) {
         match &self.point {
             None => callback(),
-            Some(point) => point.lane.progress.on_passed(self.slot(), move |_| callback()),
+            Some(point) => {
+                point.lane.progress.on_passed(self.slot(), move |_| callback());
+                self.watch();
+            }
         }
+    }
+
+    /// Asks a CUDA device's driver whether the work is over: what [`Event::is_over`] says next. Never waits.
+    pub(crate) fn look(&self) {
+        if let Some((cuda, ticket)) = self.on_cuda() {
+            cuda.look(ticket);
+        }
+    }
+
+    /// On a CUDA device, has the end of the work noticed: nobody else asks the driver.
+    pub(crate) fn watch(&self) {
+        if let Some((cuda, ticket)) = self.on_cuda() {
+            cuda.watch(ticket);
+        }
+    }
+
+    /// The stream and the ticket, if a CUDA device's driver knows about them.
+    pub(crate) fn on_cuda(&self) -> Option<(&Arc<CudaStream>, u64)> {
+        Some((self.lane()?.cuda.as_ref()?, self.ticket))
+    }
+
+    /// This event without its runtime: for those whom the runtime itself keeps.
+    pub(crate) fn detached(&self) -> Self {
+        let point = self.point.as_ref().map(|Point { lane, clock }| {
+            let lane = Lane { progress: Arc::clone(&lane.progress), engine: None, cuda: lane.cuda.clone() };
+            Point { lane: Arc::new(lane), clock: clock.clone() }
+        });
+        Self { point, ..*self }
     }
 
     /// Whether nothing will happen any more: completed or failed. Asks for nothing to be run and tells the host nothing.
@@ -265,9 +300,13 @@ impl Event {
         }
     }
 
-    /// In chaos mode, runs the work before the event.
+    /// In chaos mode, runs the work before the event; on a CUDA device, asks whether it is over.
     fn drive(&self, patience: Patience) -> Result<(), DeviceError> {
         match &self.point {
+            Some(Point { lane, .. }) if lane.cuda.is_some() => {
+                self.look();
+                Ok(())
+            }
             Some(Point { lane, .. }) if !lane.progress.is_by_hand() => match &lane.engine {
                 Some(engine) if engine.is_chaos() => engine.drive(&lane.progress, self.ticket, patience),
                 _ => Ok(()),
@@ -277,8 +316,10 @@ impl Event {
     }
 
     fn want(&self) {
+        self.watch();
         if let Some(Point { lane, .. }) = &self.point
             && let Some(engine) = &lane.engine
+            && lane.cuda.is_none()
             && !lane.progress.is_by_hand()
         {
             engine.want(&lane.progress, self.ticket);

@@ -18,6 +18,10 @@
 //! - **SNAPSHOT** A [`Storage`] is never written: a holder who is alone gets a [`StorageMut`] back, any other makes a copy. Slabs
 //!   are sealed against writes of other processes.
 //!
+//! # Devices
+//! The host and, where there is a driver, CUDA devices: one set of types for both, told apart at run time ([`cuda`]). The driver is
+//! looked for at the first need of a device. **The CUDA backend has not been run on a GPU yet**, only against a fake driver.
+//!
 //! # Modes
 //! Streams of the CPU run inline, on threads, or in a seeded order ([`CpuMode`]); all give the same values, so tests run in all
 //! three. Devices can be emulated: a program for several runs on a machine without any ([`Config::from_env`]). A checker finds
@@ -46,6 +50,7 @@ mod checker;
 mod clock;
 pub mod codec;
 mod cpu;
+pub mod cuda;
 mod device;
 mod dtype;
 mod error;
@@ -70,6 +75,7 @@ mod waiter;
 pub use checker::{Access, Check, Race};
 pub use codec::{CodecError, Encoded};
 pub use cpu::CpuMode;
+pub use cuda::Unavailable;
 pub use device::{Device, ParseDeviceError};
 pub use dtype::{C64, C128, DType, Element, F8E4M3, F8E5M2, ParseDTypeError};
 pub use error::DeviceError;
@@ -79,7 +85,7 @@ pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutError, MAX_RANK};
 pub use memory::{ALIGN_BYTES, Release, Slab, SlabRange};
 pub use pool::{HostBlock, HostPool, PoolStats};
-pub use runtime::{Config, Runtime};
+pub use runtime::{Config, Cuda, Runtime};
 pub use storage::{Storage, StorageMut};
 pub use stream::{Stream, StreamId};
 pub use tensor::{Tensor, TensorMut};

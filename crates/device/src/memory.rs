@@ -227,6 +227,10 @@ unsafe impl Send for Span {}
 impl Span {
     pub(crate) const EMPTY: Self = Self { start: NonNull::dangling(), len: 0 };
 
+    pub(crate) fn new(start: NonNull<u8>, len: usize) -> Self {
+        Self { start, len }
+    }
+
     /// # Safety
     /// While the slice lives the memory must stay mapped, and nothing may write it.
     pub(crate) unsafe fn bytes<'a>(self) -> &'a [u8] {
@@ -239,6 +243,12 @@ impl Span {
     pub(crate) unsafe fn bytes_mut<'a>(self) -> &'a mut [u8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl From<Span> for crate::cuda::Space {
+    fn from(span: Span) -> Self {
+        Self::Host(span.start.as_ptr())
     }
 }
 

@@ -310,7 +310,7 @@ impl fmt::Debug for HostBlock {
 }
 
 /// The class of a size: multiples of 64 up to 256, then four to a doubling.
-const fn class_of(len: usize) -> usize {
+pub(crate) const fn class_of(len: usize) -> usize {
     if len <= 4 * ALIGN_BYTES {
         return len.saturating_sub(1) / ALIGN_BYTES;
     }
@@ -320,7 +320,7 @@ const fn class_of(len: usize) -> usize {
 }
 
 /// The size of a class.
-const fn class_bytes(class: usize) -> usize {
+pub(crate) const fn class_bytes(class: usize) -> usize {
     if class < 4 {
         return (class + 1) * ALIGN_BYTES;
     }

@@ -10,7 +10,7 @@ use crate::DeviceError;
 use crate::sync::{Arc, AtomicU64, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
 
 pub(crate) type Outcome = Result<(), DeviceError>;
-type Callback = Box<dyn FnOnce(Outcome) + Send>;
+pub(crate) type Callback = Box<dyn FnOnce(Outcome) + Send>;
 
 pub(crate) struct Progress {
     /// Tickets up to this one have passed. Written under the lock, after `failed_from`.
@@ -80,6 +80,20 @@ impl Progress {
         Due { progress: self, callbacks }
     }
 
+    /// Fails all tickets that have not passed, and those that will come. The caller runs what is due, under no lock.
+    pub(crate) fn fail(&self, error: DeviceError) -> Due<'_> {
+        let mut waiting = self.lock();
+        if waiting.error.is_none() {
+            waiting.error = Some(error);
+            self.failed_from.store(self.done.load(Ordering::Acquire) + 1, Ordering::Release);
+        }
+        self.done.fetch_max(u64::MAX - 1, Ordering::Release);
+        let callbacks = std::mem::take(&mut waiting.callbacks);
+        drop(waiting);
+        self.passed.notify_all();
+        Due { progress: self, callbacks }
+    }
+
     /// Blocks this thread until the ticket has passed; `None` if `deadline` came first.
     pub(crate) fn block(&self, ticket: u64, deadline: Option<Instant>) -> Option<Outcome> {
         if let Some(outcome) = self.outcome(ticket) {
@@ -122,6 +136,11 @@ pub(crate) struct Due<'a> {
 }
 
 impl Due<'_> {
+    /// The callbacks, for another thread to call.
+    pub(crate) fn into_callbacks(self) -> Vec<(u64, Callback)> {
+        self.callbacks
+    }
+
     pub(crate) fn run(self) {
         for (ticket, callback) in self.callbacks {
             callback(self.progress.outcome(ticket).unwrap_or(Ok(())));

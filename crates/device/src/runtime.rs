@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::checker::{self, Race};
 use crate::cpu::Engine;
+use crate::cuda::{self, Context, Driver, Kind, Pool, Unavailable};
 use crate::pool::{HostPool, PoolStats};
 use crate::{Check, CpuMode, Device, DeviceError, StorageMut, Stream};
 
@@ -15,16 +16,31 @@ pub struct Config {
     pub idle_bytes_max: Option<usize>,
     /// How many devices `cuda:0`… are emulated on the CPU, for running multi-device programs without any.
     pub emulated_devices: u16,
+    /// Whether CUDA devices are used.
+    pub cuda: Cuda,
     /// How streams of the CPU and of emulated devices run their work.
     pub cpu: CpuMode,
     /// Whether uses of storages are checked to be ordered. If so, fresh and freed memory is poisoned too.
     pub check: Check,
 }
 
+/// Whether a [`Runtime`] uses the CUDA devices of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Cuda {
+    /// Those that are there. The driver is looked for when a device is first asked for, so that a program for the CPU never loads it.
+    #[default]
+    Auto,
+    /// None: the driver is not even looked for.
+    Off,
+    /// At least one, else [`Runtime::new`] fails. Emulated devices are none.
+    Require,
+}
+
 impl Config {
     /// The default, changed by the variables that are set:
     /// - `FARCALL_CPU_STREAMS=inline|threads:SEED|chaos:SEED` sets [`Config::cpu`];
-    /// - `FARCALL_DEVICES=emulated:N` has N devices emulated, which are `cuda:0` and so on: the same program runs unchanged;
+    /// - `FARCALL_CUDA=auto|off|require` sets [`Config::cuda`];
+    /// - `FARCALL_DEVICES=emulated:N` has N devices emulated, which are `cuda:0` and so on, and take the place of real ones;
     /// - `FARCALL_CHECK=off|report|panic` sets [`Config::check`]; without it, streams that are not inline are checked.
     ///
     /// # Errors
@@ -61,6 +77,14 @@ impl Config {
         if let Some(count) = set(&variable, "FARCALL_DEVICES", "`emulated:N`", emulated)? {
             config.emulated_devices = count;
         }
+        if let Some(cuda) = set(&variable, "FARCALL_CUDA", "`auto`, `off` or `require`", |value| match value {
+            "auto" => Some(Cuda::Auto),
+            "off" => Some(Cuda::Off),
+            "require" => Some(Cuda::Require),
+            _ => None,
+        })? {
+            config.cuda = cuda;
+        }
         if let Some(check) = set(&variable, "FARCALL_CHECK", "`off`, `report` or `panic`", |value| match value {
             "off" => Some(Check::Off),
             "report" => Some(Check::Report),
@@ -79,10 +103,23 @@ pub struct Runtime(Arc<Parts>);
 
 struct Parts {
     host: HostPool,
-    devices: Vec<Device>,
+    /// Known once they are asked for: that is when a driver is looked for.
+    devices: OnceLock<Vec<Device>>,
     emulated_devices: u16,
     /// `None` while streams run inline and unchecked.
     engine: Option<Arc<Engine>>,
+    cuda: CudaParts,
+}
+
+/// What a runtime has of CUDA; driver and contexts are the process's.
+struct CudaParts {
+    setting: Cuda,
+    driver: OnceLock<Result<&'static Driver, Unavailable>>,
+    /// Keeps the clocks of CUDA streams if nothing else needs an engine.
+    engine: OnceLock<Arc<Engine>>,
+    /// Of each device.
+    pools: OnceLock<Box<[OnceLock<Arc<Pool>>]>>,
+    pinned: OnceLock<Arc<Pool>>,
 }
 
 static GLOBAL: OnceLock<Runtime> = OnceLock::new();
@@ -91,19 +128,26 @@ impl Runtime {
     /// A runtime of its own.
     ///
     /// # Errors
-    /// None so far; a required device that is absent, once there are real ones.
+    /// [`DeviceError::Unavailable`] if CUDA is required and absent.
     pub fn new(config: Config) -> Result<Self, DeviceError> {
-        Ok(Self::with(&config))
+        let runtime = Self::with(&config);
+        if config.cuda == Cuda::Require
+            && let Some(absent) = runtime.cuda_absent()
+        {
+            return Err(DeviceError::Unavailable { device: Device::Cuda(0), reason: absent.to_string().into() });
+        }
+        Ok(runtime)
     }
 
     /// The runtime of this process, made by [`Config::from_env`] at first use.
     ///
     /// # Panics
-    /// If the environment has a value that means nothing. To get it as an error, use [`Runtime::set_global`] first.
+    /// If the environment has a value that means nothing, or requires a device that is absent. To get it as an error, use
+    /// [`Runtime::set_global`] first.
     #[must_use]
     pub fn global() -> &'static Self {
-        GLOBAL.get_or_init(|| match Config::from_env() {
-            Ok(config) => Self::with(&config),
+        GLOBAL.get_or_init(|| match Config::from_env().and_then(Self::new) {
+            Ok(runtime) => runtime,
             Err(error) => panic!("{error}"),
         })
     }
@@ -118,16 +162,43 @@ impl Runtime {
 
     fn with(config: &Config) -> Self {
         let emulated_devices = config.emulated_devices;
-        let devices = [Device::HOST].into_iter().chain((0..emulated_devices).map(Device::Cuda)).collect();
         let plain = config.cpu == CpuMode::Inline && config.check == Check::Off;
         let engine = (!plain).then(|| Engine::new(config.cpu, config.check));
-        Self(Arc::new(Parts { host: HostPool::new(config.idle_bytes_max), devices, emulated_devices, engine }))
+        let cuda = CudaParts {
+            setting: config.cuda,
+            driver: OnceLock::new(),
+            engine: OnceLock::new(),
+            pools: OnceLock::new(),
+            pinned: OnceLock::new(),
+        };
+        let host = HostPool::new(config.idle_bytes_max);
+        Self(Arc::new(Parts { host, devices: OnceLock::new(), emulated_devices, engine, cuda }))
     }
 
     /// The devices that work can run on; the host is the first.
+    ///
+    /// # Cost
+    /// The first call of the process looks for a driver, and starts it if there is one: see [`cuda::probe`].
     #[must_use]
     pub fn devices(&self) -> &[Device] {
-        &self.0.devices
+        self.0.devices.get_or_init(|| {
+            let real = self.driver().map_or(0, |driver| driver.infos().len() as u16);
+            let count = self.0.emulated_devices.max(real);
+            [Device::HOST].into_iter().chain((0..count).map(Device::Cuda)).collect()
+        })
+    }
+
+    /// Why there are no CUDA devices; `None` if there are. Looks for the driver, like [`Runtime::devices`].
+    #[must_use]
+    pub fn cuda_absent(&self) -> Option<&Unavailable> {
+        self.driver().err()
+    }
+
+    /// What the driver says about a real CUDA device.
+    #[must_use]
+    pub fn cuda_info(&self, device: Device) -> Option<&cuda::DeviceInfo> {
+        let Device::Cuda(index) = device else { return None };
+        self.driver().ok()?.infos().nth(usize::from(index))
     }
 
     /// Whether `device` is emulated on the CPU.
@@ -151,8 +222,13 @@ impl Runtime {
     /// [`DeviceError::Unavailable`], [`DeviceError::OutOfMemory`].
     pub fn alloc(&self, device: Device, len: usize) -> Result<StorageMut, DeviceError> {
         self.check(device)?;
+        let context = self.cuda_context(device)?;
         if len == 0 {
             return Ok(StorageMut::empty(device));
+        }
+        if let Some(context) = context {
+            let (block, fences) = self.pool_of(device, context).alloc(len)?;
+            return Ok(StorageMut::on_cuda(block, len, device, self.clone(), fences));
         }
         let mut block = self.0.host.alloc(len).map_err(|error| match error {
             DeviceError::OutOfMemory { want_bytes, mapped_bytes, .. } => {
@@ -174,6 +250,46 @@ impl Runtime {
     /// [`DeviceError::OutOfMemory`].
     pub fn alloc_host(&self, len: usize) -> Result<StorageMut, DeviceError> {
         self.alloc(Device::HOST, len)
+    }
+
+    /// Host memory that CUDA devices copy from and to without the host's help; without such a device, as [`Runtime::alloc_host`].
+    /// Its contents are unspecified.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Lost`].
+    pub fn alloc_pinned(&self, len: usize) -> Result<StorageMut, DeviceError> {
+        let context = if len == 0 { None } else { self.driver().ok().and_then(|driver| driver.context(0)) };
+        let Some(context) = context.transpose()? else { return self.alloc_host(len) };
+        let pool = self.0.cuda.pinned.get_or_init(|| Pool::new(context, Kind::Pinned));
+        // Pinned memory comes back after its fences: there are none to wait for.
+        let (mut block, _) = pool.alloc(len)?;
+        let engine = self.0.engine.as_ref();
+        if engine.is_some_and(|engine| engine.is_checked()) {
+            checker::poison(block.host_bytes_mut(len), checker::FRESH);
+        }
+        Ok(StorageMut::pinned(block, len, engine.is_some().then(|| self.clone())))
+    }
+
+    /// What the pool of a CUDA device's memory holds and has done; `None` if none was taken, or for another device.
+    ///
+    /// Memory that was given back counts as idle, although its last use may be pending.
+    #[must_use]
+    pub fn cuda_stats(&self, device: Device) -> Option<PoolStats> {
+        let Device::Cuda(index) = device else { return None };
+        Some(self.0.cuda.pools.get()?.get(usize::from(index))?.get()?.stats())
+    }
+
+    /// What the pool of pinned host memory holds and has done; `None` if none was taken.
+    #[must_use]
+    pub fn pinned_stats(&self) -> Option<PoolStats> {
+        self.0.cuda.pinned.get().map(|pool| pool.stats())
+    }
+
+    /// Gives idle memory back to the system and to the driver, which may wait for its devices; returns how many bytes that was.
+    pub fn trim(&self) -> usize {
+        let devices = self.0.cuda.pools.get().into_iter().flatten().filter_map(OnceLock::get);
+        let cuda: usize = devices.chain(self.0.cuda.pinned.get()).map(|pool| pool.trim()).sum();
+        self.0.host.trim() + cuda
     }
 
     /// The pool of host memory.
@@ -203,14 +319,53 @@ impl Runtime {
         self.0.engine.as_ref()
     }
 
-    fn check(&self, device: Device) -> Result<(), DeviceError> {
-        if self.0.devices.contains(&device) {
-            return Ok(());
+    /// The engine that orders the work on `device`.
+    pub(crate) fn engine_of(&self, device: Device) -> Option<&Arc<Engine>> {
+        let own = self.0.engine.as_ref();
+        if own.is_some() || device.is_host() { own } else { self.0.cuda.engine.get() }
+    }
+
+    /// The engine of CUDA streams: they keep clocks in any case.
+    pub(crate) fn cuda_engine(&self) -> &Arc<Engine> {
+        let fresh = || Engine::new(CpuMode::Inline, Check::Off);
+        self.0.engine.as_ref().unwrap_or_else(|| self.0.cuda.engine.get_or_init(fresh))
+    }
+
+    /// The context of a real CUDA device; `None` for the host and emulated devices, which are there.
+    pub(crate) fn cuda_context(&self, device: Device) -> Result<Option<&'static Context>, DeviceError> {
+        let Device::Cuda(index) = device else { return Ok(None) };
+        if self.0.emulated_devices > 0 {
+            return Ok(None);
         }
+        let absent = |reason: String| DeviceError::Unavailable { device, reason: reason.into() };
+        let driver = self.driver().map_err(|reason| absent(reason.to_string()))?;
+        let few = || absent(format!("the driver shows {} CUDA devices, from cuda:0 on", driver.infos().len()));
+        driver.context(index).ok_or_else(few)?.map(Some)
+    }
+
+    fn pool_of(&self, device: Device, context: &'static Context) -> &Arc<Pool> {
+        let count = self.driver().map_or(0, |driver| driver.infos().len());
+        let pools = self.0.cuda.pools.get_or_init(|| (0..count).map(|_| OnceLock::new()).collect());
+        pools[usize::from(device.index())].get_or_init(|| Pool::new(context, Kind::Device))
+    }
+
+    fn driver(&self) -> Result<&'static Driver, &Unavailable> {
+        let driver = self.0.cuda.driver.get_or_init(|| match self.0.cuda.setting {
+            _ if self.0.emulated_devices > 0 => Err(Unavailable::Emulated),
+            Cuda::Off => Err(Unavailable::Off),
+            Cuda::Auto | Cuda::Require => cuda::driver().map_err(Clone::clone),
+        });
+        driver.as_ref().copied()
+    }
+
+    fn check(&self, device: Device) -> Result<(), DeviceError> {
         let reason = match device {
+            Device::HOST => return Ok(()),
+            Device::Cuda(index) if index < self.0.emulated_devices => return Ok(()),
             Device::Cpu(_) => "the host is one device: cpu:0",
             Device::Cuda(_) if self.0.emulated_devices > 0 => "fewer devices are emulated",
-            Device::Cuda(_) => "this build has no CUDA backend yet; emulate devices with `Config::emulated_devices`",
+            // The driver is asked for its context next.
+            Device::Cuda(_) => return Ok(()),
         };
         Err(DeviceError::Unavailable { device, reason: reason.into() })
     }
@@ -218,7 +373,7 @@ impl Runtime {
 
 impl fmt::Debug for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Runtime").field("devices", &self.0.devices).field("host", &self.0.host).finish()
+        f.debug_struct("Runtime").field("devices", &self.0.devices.get()).field("host", &self.0.host).finish()
     }
 }
 
@@ -239,6 +394,22 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_is_switched_off_says_so() {
+        let runtime = Runtime::new(Config { cuda: Cuda::Off, ..Config::default() }).unwrap();
+        assert_eq!((runtime.devices(), runtime.cuda_absent()), (&[Device::HOST][..], Some(&Unavailable::Off)));
+        let error = runtime.stream(Device::Cuda(0)).unwrap_err().to_string();
+        assert!(error.starts_with("cuda:0 is not available: switched off: set FARCALL_CUDA=auto"), "{error}");
+    }
+
+    #[test]
+    fn emulated_devices_are_not_taken_for_required_ones() {
+        let emulated = Runtime::new(Config { emulated_devices: 1, ..Config::default() }).unwrap();
+        assert_eq!(emulated.cuda_absent(), Some(&Unavailable::Emulated));
+        let required = Runtime::new(Config { emulated_devices: 1, cuda: Cuda::Require, ..Config::default() });
+        assert!(matches!(required, Err(DeviceError::Unavailable { device: Device::Cuda(0), .. })));
+    }
+
+    #[test]
     fn settings_are_read_and_nonsense_is_refused() {
         let config = |pairs: &[(&str, &str)]| {
             let find = |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
@@ -246,6 +417,8 @@ mod tests {
         };
         let set = config(&[("FARCALL_CPU_STREAMS", "chaos:7"), ("FARCALL_DEVICES", "emulated:4")]).unwrap();
         assert_eq!((set.cpu, set.emulated_devices, set.check), (CpuMode::Chaos { seed: 7 }, 4, Check::Panic));
+        let set = config(&[("FARCALL_CUDA", "require")]).unwrap();
+        assert_eq!((set.cuda, Config::default().cuda), (Cuda::Require, Cuda::Auto));
         let set = config(&[("FARCALL_CPU_STREAMS", "threads:0"), ("FARCALL_CHECK", "off")]).unwrap();
         assert_eq!((set.cpu, set.check), (CpuMode::Threads { seed: 0 }, Check::Off));
         assert_eq!(config(&[("FARCALL_CPU_STREAMS", "")]).unwrap().cpu, CpuMode::Inline);
@@ -253,6 +426,7 @@ mod tests {
             ("FARCALL_CPU_STREAMS", "chaos"),
             ("FARCALL_CPU_STREAMS", "inline:1"),
             ("FARCALL_DEVICES", "4"),
+            ("FARCALL_CUDA", "on"),
             ("FARCALL_CHECK", "yes"),
         ] {
             let error = config(&[(name, value)]).unwrap_err().to_string();

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::checker::{self, Race};
 use crate::clock::Clock;
 use crate::cpu::Engine;
+use crate::cuda::{self, Space};
 use crate::memory::{ForeignBytes, Release, Slab, Span};
 use crate::pool::HostBlock;
 use crate::{Access, Device, DeviceError, Event, Runtime, Stream};
@@ -80,12 +81,31 @@ enum Memory {
     Empty,
     /// Host memory, of the host itself or of an emulated device.
     Pooled(HostBlock),
+    /// Memory of a CUDA device.
+    Cuda(cuda::Block),
+    /// Host memory that CUDA devices copy from and to by themselves.
+    Pinned(cuda::Block),
     Foreign(ForeignBytes),
 }
 
 impl StorageMut {
     pub(crate) fn pooled(block: HostBlock, len: usize, device: Device, home: Option<Runtime>) -> Self {
         let mut storage = Self::new(Memory::Pooled(block), len, device);
+        storage.0.home = home;
+        storage
+    }
+
+    /// Memory of a CUDA device, whose last user may not be done: `fences` say when.
+    pub(crate) fn on_cuda(block: cuda::Block, len: usize, device: Device, home: Runtime, fences: Vec<Event>) -> Self {
+        let mut storage = Self::new(Memory::Cuda(block), len, device);
+        storage.0.home = Some(home);
+        // Whoever writes first waits for them, as for readers.
+        storage.0.readers = Mutex::new(fences.into_iter().map(|read| Reader { read, op: "free" }).collect());
+        storage
+    }
+
+    pub(crate) fn pinned(block: cuda::Block, len: usize, home: Option<Runtime>) -> Self {
+        let mut storage = Self::new(Memory::Pinned(block), len, Device::HOST);
         storage.0.home = home;
         storage
     }
@@ -176,6 +196,19 @@ impl StorageMut {
         self.0.span()
     }
 
+    /// Whether a CUDA device has the bytes.
+    pub(crate) fn is_cuda(&self) -> bool {
+        self.0.is_cuda()
+    }
+
+    /// Where the bytes are, for the driver, which is to write them.
+    pub(crate) fn space_mut(&mut self) -> Result<Space, DeviceError> {
+        if let Memory::Foreign(_) = self.0.memory {
+            return Err(DeviceError::Unsupported { what: "writing foreign memory", device: self.0.device });
+        }
+        self.0.space()
+    }
+
     /// The bytes for work on the storage's own device, ordered by the caller.
     pub(crate) fn device_bytes_mut(&mut self) -> Result<&mut [u8], DeviceError> {
         self.0.device_bytes_mut()
@@ -226,7 +259,7 @@ impl Storage {
     pub fn slab(&self) -> Option<&Arc<Slab>> {
         match &self.0.memory {
             Memory::Pooled(block) => Some(block.range().slab()),
-            Memory::Empty | Memory::Foreign(_) => None,
+            Memory::Empty | Memory::Foreign(_) | Memory::Cuda(_) | Memory::Pinned(_) => None,
         }
     }
 
@@ -241,7 +274,7 @@ impl Storage {
     pub fn slab_offset(&self) -> usize {
         match &self.0.memory {
             Memory::Pooled(block) => block.range().offset(),
-            Memory::Empty | Memory::Foreign(_) => 0,
+            Memory::Empty | Memory::Foreign(_) | Memory::Cuda(_) | Memory::Pinned(_) => 0,
         }
     }
 
@@ -253,8 +286,19 @@ impl Storage {
         match &self.0.memory {
             Memory::Empty => NonNull::dangling().as_ptr(),
             Memory::Pooled(block) => block.range().bytes().as_ptr(),
+            Memory::Cuda(block) | Memory::Pinned(block) => std::ptr::without_provenance(block.address() as usize),
             Memory::Foreign(foreign) => foreign.as_ptr(),
         }
+    }
+
+    /// Whether a CUDA device has the bytes.
+    pub(crate) fn is_cuda(&self) -> bool {
+        self.0.is_cuda()
+    }
+
+    /// Where the bytes are, for the driver, which is to read them.
+    pub(crate) fn space(&self) -> Result<Space, DeviceError> {
+        self.0.space()
     }
 
     /// Whether both are clones of one storage.
@@ -362,6 +406,8 @@ impl Bytes {
         match &self.memory {
             Memory::Empty => Ok(&[]),
             Memory::Pooled(block) => Ok(&block.range().bytes()[..self.len]),
+            Memory::Cuda(_) => Err(DeviceError::NotHost { device: self.device }),
+            Memory::Pinned(block) => Ok(block.host_bytes(self.len)),
             Memory::Foreign(foreign) => {
                 // An emulated device's memory is the pool's; foreign memory of a device is out of the CPU's reach.
                 self.host()?;
@@ -374,6 +420,8 @@ impl Bytes {
         match &mut self.memory {
             Memory::Empty => Ok(&mut []),
             Memory::Pooled(block) => Ok(&mut block.bytes_mut()[..self.len]),
+            Memory::Cuda(_) => Err(DeviceError::NotHost { device: self.device }),
+            Memory::Pinned(block) => Ok(block.host_bytes_mut(self.len)),
             Memory::Foreign(_) => Err(DeviceError::Unsupported { what: "writing foreign memory", device: self.device }),
         }
     }
@@ -382,10 +430,31 @@ impl Bytes {
         match &self.memory {
             Memory::Empty => Ok(Span::EMPTY),
             Memory::Pooled(block) => Ok(block.range().span(self.len)),
+            Memory::Cuda(_) => Err(DeviceError::NotHost { device: self.device }),
+            Memory::Pinned(block) => Ok(block.host_span(self.len)),
             Memory::Foreign(foreign) => {
                 self.host()?;
                 Ok(foreign.span())
             }
+        }
+    }
+
+    fn is_cuda(&self) -> bool {
+        match self.memory {
+            Memory::Cuda(_) => true,
+            Memory::Foreign(_) => !self.device.is_host(),
+            Memory::Empty | Memory::Pooled(_) | Memory::Pinned(_) => false,
+        }
+    }
+
+    fn space(&self) -> Result<Space, DeviceError> {
+        match &self.memory {
+            Memory::Cuda(block) | Memory::Pinned(block) => Ok(block.space()),
+            Memory::Foreign(foreign) if !self.device.is_host() => Space::foreign(self.device, foreign.as_ptr()),
+            Memory::Pooled(_) if !self.device.is_host() => {
+                Err(DeviceError::Unsupported { what: "a copy between real and emulated devices", device: self.device })
+            }
+            Memory::Empty | Memory::Pooled(_) | Memory::Foreign(_) => Ok(self.span()?.into()),
         }
     }
 
@@ -429,6 +498,7 @@ impl Bytes {
         let place: &dyn fmt::Debug = match &self.memory {
             Memory::Empty => &"empty",
             Memory::Pooled(block) => block,
+            Memory::Cuda(block) | Memory::Pinned(block) => block,
             Memory::Foreign(_) => &"foreign",
         };
         write!(f, "{name}({} bytes on {}, {place:?}, {:?})", self.len, self.device, self.written)
@@ -437,16 +507,26 @@ impl Bytes {
 
 impl Drop for Bytes {
     fn drop(&mut self) {
+        if let Memory::Empty = self.memory {
+            return;
+        }
         let home = self.home.take();
-        let engine = home.as_ref().and_then(Runtime::engine);
+        let engine = home.as_ref().and_then(|home| home.engine_of(self.device));
         let pending = match engine {
             Some(engine) => self.fences_of_reclaim(engine),
             None => {
                 let readers = self.readers.get_mut().unwrap_or_else(PoisonError::into_inner);
                 let fences = readers.iter().map(|reader| &reader.read).chain([&self.written]);
-                fences.filter(|fence| !fence.is_over()).cloned().collect()
+                fences.inspect(|fence| fence.look()).filter(|fence| !fence.is_over()).cloned().collect()
             }
         };
+        if let Memory::Cuda(_) = self.memory {
+            // The next holder's streams wait for them: nobody has to know when.
+            if let Memory::Cuda(block) = std::mem::replace(&mut self.memory, Memory::Empty) {
+                block.give_back_behind(pending);
+            }
+            return;
+        }
         let poison = engine.is_some_and(|engine| engine.is_checked());
         if pending.is_empty() && !poison {
             return;
@@ -468,10 +548,13 @@ struct Reclaimed {
 
 impl Drop for Reclaimed {
     fn drop(&mut self) {
-        if let Memory::Pooled(block) = &mut self.memory
-            && self.poison
-        {
-            checker::poison(block.bytes_mut(), checker::FREED);
+        match &mut self.memory {
+            Memory::Pooled(block) if self.poison => checker::poison(block.bytes_mut(), checker::FREED),
+            Memory::Pinned(block) if self.poison => {
+                let len = block.len();
+                checker::poison(block.host_bytes_mut(len), checker::FREED);
+            }
+            _ => {}
         }
     }
 }

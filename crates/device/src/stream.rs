@@ -1,7 +1,9 @@
 //! An ordered queue of work on one device.
 //!
-//! Inline, an operation runs on the calling thread when it is enqueued, so events are born complete and cost no memory. In the
+//! On the CPU, inline, an operation runs on the calling thread when it is enqueued, so events are born complete and cost no memory. In the
 //! queued modes (see [`CpuMode`](crate::CpuMode)) it runs later: kernels own what they capture, and events are waited for.
+//! On a CUDA device it is the driver's: waits for other CUDA streams are enqueued, and for anything else that is pending the
+//! enqueuing thread blocks, as inline.
 //! Invariant S1: an operation runs after everything its stream was told to wait for, and after the fences of its storages.
 //! Invariant S2: tickets of one stream grow by one with each operation; an event covers all tickets up to its own. Where clocks
 //! are kept, the first point after a wait takes a ticket too, so that equal tickets mean equal clocks.
@@ -16,11 +18,12 @@ use std::time::{Duration, Instant};
 use crate::checker::Race;
 use crate::clock::{self, Clock};
 use crate::cpu::{self, Engine, Op, Wait, Work};
+use crate::cuda::{Context, CudaStream, Rows};
 use crate::event::Lane;
 use crate::progress::Progress;
-use crate::{Access, Device, DeviceError, Event, Runtime, Storage, StorageMut, Tensor};
+use crate::{Access, Device, DeviceError, Event, Layout, Runtime, Storage, StorageMut, Tensor};
 
-/// How long an inline operation waits for an event that another device has not completed.
+/// How long an inline operation, or one of a CUDA device, waits for an event that another device has not completed.
 const INLINE_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Reads of one operation that need no heap memory.
 const INLINE_READS: usize = 8;
@@ -59,6 +62,8 @@ struct Queue {
     order: Mutex<Order>,
     /// `None` while nothing is queued or checked: no clocks are kept then.
     tracked: Option<Tracked>,
+    /// Of a stream of the CPU: those that copy from and to CUDA devices for it.
+    copiers: Mutex<Vec<Stream>>,
 }
 
 /// What the next operation comes after.
@@ -74,8 +79,17 @@ struct Order {
 struct Tracked {
     engine: Arc<Engine>,
     lane: Arc<Lane>,
-    /// `None` inline.
-    work: Option<Arc<Work>>,
+    place: Place,
+}
+
+/// Where operations run.
+enum Place {
+    /// On the thread that enqueues them.
+    Inline,
+    /// On the CPU, later.
+    Queued(Arc<Work>),
+    /// On a CUDA device.
+    Cuda(Arc<CudaStream>),
 }
 
 /// Who asks for a wait.
@@ -89,18 +103,19 @@ enum Edge {
 impl Stream {
     pub(crate) fn new(runtime: Runtime, device: Device) -> Result<Self, DeviceError> {
         let id = StreamId::fresh();
-        let tracked = match runtime.engine() {
-            None => None,
-            Some(engine) => {
+        let tracked = match (runtime.cuda_context(device)?, runtime.engine()) {
+            (Some(context), _) => Some(Tracked::on_cuda(id, &runtime, context)?),
+            (None, None) => None,
+            (None, Some(engine)) => {
                 let engine = Arc::clone(engine);
                 let progress = Progress::new(false);
-                let work = engine.lease(id, device, &progress)?;
-                let lane = Arc::new(Lane { progress, engine: Some(Arc::clone(&engine)) });
-                Some(Tracked { engine, lane, work })
+                let place = engine.lease(id, device, &progress)?.map_or(Place::Inline, Place::Queued);
+                let lane = Arc::new(Lane { progress, engine: Some(Arc::clone(&engine)), cuda: None });
+                Some(Tracked { engine, lane, place })
             }
         };
-        let (tickets, order) = (AtomicU64::new(0), Mutex::default());
-        Ok(Self(Arc::new(Queue { id, device, runtime, tickets, order, tracked })))
+        let (tickets, order, copiers) = (AtomicU64::new(0), Mutex::default(), Mutex::default());
+        Ok(Self(Arc::new(Queue { id, device, runtime, tickets, order, tracked, copiers })))
     }
 
     /// The device whose work this is.
@@ -147,11 +162,20 @@ impl Stream {
     /// Copies all bytes of `source` to `target`, from any device to any.
     ///
     /// # Errors
-    /// [`DeviceError::LengthMismatch`] if the sizes differ; [`DeviceError::NotHost`] for memory out of the CPU's reach.
+    /// [`DeviceError::LengthMismatch`] if the sizes differ; [`DeviceError::NotHost`] for memory out of the CPU's reach;
+    /// [`DeviceError::Unsupported`] for a copy within the host on a stream of a CUDA device.
+    /// # Cost
+    /// From or to a CUDA device the host is free meanwhile if its side is pinned ([`Runtime::alloc_pinned`]); other host memory the
+    /// driver copies through buffers of its own, for which this call may wait.
     pub fn copy(&self, source: &Storage, target: &mut StorageMut) -> Result<(), DeviceError> {
         if source.len() != target.len() {
             let what = "bytes of the copy's target";
             return Err(DeviceError::LengthMismatch { what, expected: source.len(), found: target.len() });
+        }
+        if source.is_cuda() || target.is_cuda() || self.on_cuda().is_some() {
+            let device = if source.is_cuda() { source.device() } else { target.device() };
+            let rows = Rows { count: 1, len: source.len(), source_step: source.len() };
+            return self.through_cuda(device, |stream| stream.copy_rows("copy", source, 0, target, rows));
         }
         self.run("copy", &[source], target, |sources, target| target.copy_from_slice(sources[0]))
     }
@@ -162,7 +186,35 @@ impl Stream {
     /// [`DeviceError::WrongDevice`] if it is not on the stream's device.
     pub fn fill(&self, target: &mut StorageMut, byte: u8) -> Result<(), DeviceError> {
         self.expect_own(target.device())?;
+        if let Some((tracked, cuda)) = self.on_cuda() {
+            let (space, len) = (target.space_mut()?, target.len());
+            return self.run_on_cuda(tracked, cuda, "fill", &[], target, || cuda.fill(space, byte, len));
+        }
         self.run("fill", &[], target, move |_, target| target.fill(byte))
+    }
+
+    /// As [`Stream::fill`], by this crate's own kernel on a CUDA device: for tests of the kernel.
+    #[doc(hidden)]
+    pub fn fill_by_kernel(&self, target: &mut StorageMut, byte: u8) -> Result<(), DeviceError> {
+        self.expect_own(target.device())?;
+        let Some((tracked, cuda)) = self.on_cuda() else { return self.fill(target, byte) };
+        let (space, len) = (target.space_mut()?, target.len());
+        self.run_on_cuda(tracked, cuda, "fill", &[], target, || cuda.fill_by_kernel(space, byte, len))
+    }
+
+    /// Keeps the stream busy for a time, at most 10 s: in tests and benches, it makes a missing wait show.
+    ///
+    /// # Errors
+    /// On a CUDA device those of its driver, such as [`DeviceError::Driver`] if it cannot compile the kernel; otherwise as
+    /// [`Stream::launch`].
+    pub fn delay(&self, duration: Duration) -> Result<(), DeviceError> {
+        // No bytes are touched: an empty storage stands for them.
+        let mut nothing = StorageMut::empty(self.0.device);
+        if let Some((tracked, cuda)) = self.on_cuda() {
+            return self.run_on_cuda(tracked, cuda, "delay", &[], &mut nothing, || cuda.delay(duration));
+        }
+        let duration = duration.min(Duration::from_secs(10));
+        self.run("delay", &[], &mut nothing, move |_, _| std::thread::sleep(duration))
     }
 
     /// Runs `kernel` on the bytes of `reads` and `write`, in stream order and after the fences of all of them.
@@ -171,7 +223,8 @@ impl Stream {
     /// modes it runs later, on another thread. It must not wait for work on streams.
     ///
     /// # Errors
-    /// [`DeviceError::WrongDevice`] if a storage is not on the stream's device; inline, the failure of work that is waited for,
+    /// [`DeviceError::WrongDevice`] if a storage is not on the stream's device; [`DeviceError::Unsupported`] on a real CUDA device,
+    /// which runs no Rust; inline, the failure of work that is waited for,
     /// which in queued modes is the failure of the event behind this operation.
     pub fn launch<F>(&self, reads: &[&Storage], write: &mut StorageMut, kernel: F) -> Result<(), DeviceError>
     where
@@ -180,23 +233,98 @@ impl Stream {
         for device in reads.iter().map(|storage| storage.device()).chain([write.device()]) {
             self.expect_own(device)?;
         }
+        if self.on_cuda().is_some() {
+            return Err(DeviceError::Unsupported { what: "a kernel of the CPU", device: self.0.device });
+        }
         self.run("launch", reads, write, kernel)
     }
 
     /// Copies a view's elements, in row-major order, to fresh memory on `device`: a contiguous tensor of the same shape.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`], [`DeviceError::NotHost`] for memory out of the CPU's reach.
+    /// [`DeviceError::OutOfMemory`], [`DeviceError::NotHost`] for memory out of the CPU's reach; [`DeviceError::Unsupported`] on a
+    /// CUDA device for a view whose elements are not rows at one distance: there is no kernel for it yet.
     /// # Cost
     /// One pass over the elements; rows that are contiguous are copied whole.
     pub fn pack(&self, tensor: &Tensor, device: Device) -> Result<Tensor, DeviceError> {
         let layout = tensor.layout().clone();
         let packed = layout.packed();
+        if tensor.storage().is_cuda() || self.0.runtime.cuda_context(device)?.is_some() {
+            return self.pack_on_cuda(tensor, device);
+        }
         let mut target = self.0.runtime.alloc(device, packed.size_bytes())?;
         self.run("pack", &[tensor.storage()], &mut target, move |sources, target| {
             crate::pack::pack(&layout, sources[0], target)
         })?;
         Tensor::from_storage(target.freeze(self), packed)
+    }
+
+    /// As [`Stream::pack`], where one end is a CUDA device.
+    fn pack_on_cuda(&self, tensor: &Tensor, device: Device) -> Result<Tensor, DeviceError> {
+        let runtime = &self.0.runtime;
+        let layout = tensor.layout();
+        let Some(rows) = rows_of(layout) else {
+            if tensor.storage().is_cuda() {
+                return Err(DeviceError::Unsupported { what: "packing such a strided view", device: tensor.device() });
+            }
+            let packed = runtime.stream(Device::HOST)?.pack(tensor, Device::HOST)?;
+            return self.pack_on_cuda(&packed, device);
+        };
+        let packed = layout.packed();
+        let len = packed.size_bytes();
+        let mut target = if device.is_host() { runtime.alloc_pinned(len)? } else { runtime.alloc(device, len)? };
+        let cuda = if tensor.storage().is_cuda() { tensor.device() } else { device };
+        let start = layout.byte_span().start;
+        let mut last = None;
+        self.through_cuda(cuda, |stream| {
+            stream.copy_rows("pack", tensor.storage(), start, &mut target, rows)?;
+            last = Some(stream.clone());
+            Ok(())
+        })?;
+        Tensor::from_storage(target.freeze(last.as_ref().unwrap_or(self)), packed)
+    }
+
+    /// Has `copy` run on a stream of a CUDA device, in this stream's order: on itself if it is one, else on one that it keeps.
+    fn through_cuda(
+        &self,
+        device: Device,
+        copy: impl FnOnce(&Self) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        if self.on_cuda().is_some() {
+            return copy(self);
+        }
+        let copier = {
+            let mut copiers = self.0.copiers.lock().unwrap_or_else(PoisonError::into_inner);
+            match copiers.iter().find(|copier| copier.device() == device) {
+                Some(copier) => copier.clone(),
+                None => {
+                    let copier = self.0.runtime.stream(device)?;
+                    copiers.push(copier.clone());
+                    copier
+                }
+            }
+        };
+        copier.wait(&self.record());
+        copy(&copier)?;
+        self.wait(&copier.record());
+        Ok(())
+    }
+
+    /// Copies rows of a storage, from `start` on, to all of `target`, one of them on this stream's CUDA device.
+    fn copy_rows(
+        &self,
+        op: &'static str,
+        source: &Storage,
+        start: usize,
+        target: &mut StorageMut,
+        rows: Rows,
+    ) -> Result<(), DeviceError> {
+        let Some((tracked, cuda)) = self.on_cuda() else { return Err(self.not_cuda()) };
+        if !source.is_cuda() && !target.is_cuda() && !source.is_empty() {
+            return Err(DeviceError::Unsupported { what: "a copy within the host", device: self.0.device });
+        }
+        let (from, to) = (source.space()?, target.space_mut()?);
+        self.run_on_cuda(tracked, cuda, op, &[source], target, || cuda.copy(from.offset(start), to, rows))
     }
 
     /// Blocks this thread until all work enqueued so far is done, at most for `timeout`.
@@ -253,8 +381,9 @@ impl Stream {
             }
             return Event::all_at(self.0.id, ticket, &order.waits, None, None);
         };
-        let ticket = match &tracked.work {
-            None => {
+        let ticket = match &tracked.place {
+            Place::Cuda(cuda) => return self.record_on_cuda(tracked, cuda, order),
+            Place::Inline => {
                 let ticket = if order.has_joined { self.pass_inline(tracked, order) } else { ticket };
                 order.waits.retain(|event| !event.is_complete());
                 if !order.waits.is_empty() {
@@ -263,12 +392,101 @@ impl Stream {
                 }
                 ticket
             }
-            Some(work) if order.has_joined || !order.waits.is_empty() => {
+            Place::Queued(work) if order.has_joined || !order.waits.is_empty() => {
                 self.enqueue(tracked, work, order, "wait", None)
             }
-            Some(_) => ticket,
+            Place::Queued(_) => ticket,
         };
         Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone())
+    }
+
+    /// The point after what a CUDA stream was given so far, and after what it waits for that is not the driver's.
+    fn record_on_cuda(&self, tracked: &Tracked, cuda: &CudaStream, order: &mut Order) -> Event {
+        // A failure fails the event, too: the device is lost then.
+        let _ = self.wait_on_cuda(cuda, order);
+        let mut ticket = self.0.tickets.load(Ordering::Acquire);
+        if order.has_joined {
+            ticket = self.0.tickets.fetch_add(1, Ordering::AcqRel) + 1;
+            order.has_joined = false;
+            cuda.note_submitted(ticket);
+        }
+        cuda.note_point(ticket);
+        let event = Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone());
+        if order.waits.is_empty() {
+            return event;
+        }
+        let events: Vec<_> = order.waits.iter().cloned().chain([event]).collect();
+        Event::all_at(self.0.id, ticket, &events, order.clock.clone(), Some(Arc::clone(&tracked.engine)))
+    }
+
+    /// Enqueues waits for other CUDA streams; what is left in `order.waits` only the host can wait for.
+    fn wait_on_cuda(&self, cuda: &CudaStream, order: &mut Order) -> Result<(), DeviceError> {
+        order.waits.retain(|event| !event.is_complete());
+        let mut on_device = order.waits.extract_if(.., |event| event.on_cuda().is_some());
+        let waited = on_device.try_for_each(|event| match event.on_cuda() {
+            Some((other, ticket)) => cuda.wait_for(other, ticket),
+            None => Ok(()),
+        });
+        // The clock says that what comes next is ordered; it would not be.
+        waited.inspect_err(|error| cuda.give_up(error))
+    }
+
+    /// Enqueues one operation on a CUDA device, after all fences of its storages.
+    fn run_on_cuda(
+        &self,
+        tracked: &Tracked,
+        cuda: &CudaStream,
+        op: &'static str,
+        reads: &[&Storage],
+        write: &mut StorageMut,
+        submit: impl FnOnce() -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        cuda.context().expect_alive()?;
+        let mut order = self.order();
+        for storage in reads {
+            self.follow(&mut order, storage.ready_event(), Edge::Fence);
+        }
+        for fence in write.fences() {
+            self.follow(&mut order, fence, Edge::Fence);
+        }
+        tracked.engine.raise();
+        self.wait_on_cuda(cuda, &mut order)?;
+        while !order.waits.is_empty() {
+            drop(order);
+            self.await_others(INLINE_WAIT_MAX)?;
+            order = self.order();
+            // Another thread may have added to it.
+            self.wait_on_cuda(cuda, &mut order)?;
+        }
+        let later = Access { op, stream: self.0.id, ticket: self.0.tickets.load(Ordering::Acquire) + 1 };
+        let writers = reads.iter().map(|storage| (storage.writer(), true));
+        let mut order = self.check(order, later, writers.chain(write.users()));
+        // The order of tickets is the driver's: the lock is held, and the driver does not wait here, but for host memory that is
+        // not pinned and for room in a queue of many operations.
+        if !write.is_empty() || op == "delay" {
+            submit()?;
+        }
+        let ticket = self.0.tickets.fetch_add(1, Ordering::AcqRel) + 1;
+        order.has_joined = false;
+        cuda.note_submitted(ticket);
+        let event = Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone());
+        drop(order);
+        write.record_write(event.clone(), op);
+        for storage in reads {
+            storage.push_reader(event.clone(), op, Some(&tracked.engine));
+        }
+        Ok(())
+    }
+
+    fn on_cuda(&self) -> Option<(&Tracked, &CudaStream)> {
+        match &self.0.tracked {
+            Some(tracked @ Tracked { place: Place::Cuda(cuda), .. }) => Some((tracked, cuda)),
+            _ => None,
+        }
+    }
+
+    fn not_cuda(&self) -> DeviceError {
+        DeviceError::Unsupported { what: "work of a CUDA device", device: self.0.device }
     }
 
     /// Puts the next operation after `event`.
@@ -292,7 +510,7 @@ impl Stream {
             }
             clock::join_shared(&mut order.clock, event, &host);
             order.has_joined = true;
-        } else if tracked.work.is_some() && !event.is_by_hand() {
+        } else if !matches!(tracked.place, Place::Inline) && !event.is_by_hand() {
             return;
         }
         // A ticket says all only about a queued stream's work, so other events are asked. A failed one is waited for: it fails us.
@@ -347,14 +565,16 @@ impl Stream {
         let later = Access { op, stream: self.0.id, ticket: self.0.tickets.load(Ordering::Acquire) + 1 };
         let writers = reads.iter().map(|storage| (storage.writer(), true));
         let mut order = self.check(order, later, writers.chain(write.users()));
-        let event = match &tracked.work {
-            None => {
+        let event = match &tracked.place {
+            // Kernels of the CPU were refused, and all else does not come here.
+            Place::Cuda(_) => return Err(DeviceError::Unsupported { what: op, device: self.0.device }),
+            Place::Inline => {
                 self.run_now(order, reads, write, kernel)?;
                 let mut order = self.order();
                 let ticket = self.pass_inline(tracked, &mut order);
                 Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone())
             }
-            Some(work) => {
+            Place::Queued(work) => {
                 let sources = reads.iter().map(|storage| storage.span()).collect::<Result<_, _>>()?;
                 let body = cpu::body(sources, write.span()?, kernel);
                 let ticket = self.enqueue(tracked, work, &mut order, op, Some(body));
@@ -436,10 +656,38 @@ impl Drop for Queue {
         // What is enqueued still runs.
         if let Some(tracked) = &self.tracked {
             tracked.engine.end_lease(self.id);
-            if let Some(work) = &tracked.work {
+            if let Place::Queued(work) = &tracked.place {
                 work.close();
             }
         }
+    }
+}
+
+impl Tracked {
+    fn on_cuda(id: StreamId, runtime: &Runtime, context: &'static Context) -> Result<Self, DeviceError> {
+        let engine = Arc::clone(runtime.cuda_engine());
+        let progress = Progress::new(false);
+        let cuda = CudaStream::lease(context, Arc::clone(&progress))?;
+        engine.begin_lease(id);
+        let lane = Lane { progress, engine: Some(Arc::clone(&engine)), cuda: Some(Arc::clone(&cuda)) };
+        Ok(Self { engine, lane: Arc::new(lane), place: Place::Cuda(cuda) })
+    }
+}
+
+/// A layout as rows of bytes at one distance from each other, which a device's copy engine moves at once.
+fn rows_of(layout: &Layout) -> Option<Rows> {
+    let size = layout.dtype().size_bytes();
+    let total = layout.size_bytes();
+    let coalesced = layout.coalesced();
+    match (coalesced.shape(), coalesced.strides()) {
+        _ if total == 0 || layout.is_contiguous() => Some(Rows { count: 1, len: total, source_step: total }),
+        ([_], [1]) => Some(Rows { count: 1, len: total, source_step: total }),
+        // Single elements, far apart: a row each.
+        (&[count], &[step]) if step > 1 => Some(Rows { count, len: size, source_step: step as usize * size }),
+        (&[count, len], &[step, 1]) if step > 0 && step as usize >= len => {
+            Some(Rows { count, len: len * size, source_step: step as usize * size })
+        }
+        _ => None,
     }
 }
 
@@ -531,7 +779,10 @@ mod tests {
         let cpu = crate::CpuMode::Threads { seed: 0 };
         let runtime = Runtime::new(Config { cpu, ..Config::default() }).unwrap();
         let stream = runtime.stream(Device::HOST).unwrap();
-        let work = Arc::downgrade(stream.0.tracked.as_ref().unwrap().work.as_ref().unwrap());
+        let Place::Queued(work) = &stream.0.tracked.as_ref().unwrap().place else {
+            panic!("a stream of its own thread")
+        };
+        let work = Arc::downgrade(work);
         let mut target = stream.alloc(1).unwrap();
         stream.fill(&mut target, 3).unwrap();
         let target = target.freeze(&stream);

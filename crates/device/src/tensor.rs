@@ -265,8 +265,11 @@ impl Tensor {
         }
         let runtime = self.storage.runtime();
         let copy = |tensor: &Self| tensor.storage.runtime().stream(tensor.device())?.pack(tensor, Device::HOST);
-        // Inline, the copy would block this thread until the bytes are there.
-        if runtime.is_queued() || self.storage.ready_event().is_over() {
+        // Inline, the copy would block this thread until the bytes are there. Streams of a CUDA device wait for each other, and
+        // would block it for anything else.
+        let ready = self.storage.ready_event();
+        let waits_elsewhere = if self.storage.is_cuda() { ready.on_cuda().is_some() } else { runtime.is_queued() };
+        if waits_elsewhere || ready.is_over() {
             return DeviceFuture::from_result(copy(self));
         }
         let tensor = self.clone();
