@@ -117,10 +117,14 @@ struct CudaParts {
     driver: OnceLock<Result<&'static Driver, Unavailable>>,
     /// Keeps the clocks of CUDA streams if nothing else needs an engine.
     engine: OnceLock<Arc<Engine>>,
-    /// Of each device.
-    pools: OnceLock<Box<[OnceLock<Arc<Pool>>]>>,
-    pinned: OnceLock<Arc<Pool>>,
+    /// The memory of each device.
+    pools: Pools,
+    /// Pinned memory, taken through the first device that is not lost.
+    pinned: Pools,
 }
+
+/// A pool for each CUDA device, made when it is first needed.
+type Pools = OnceLock<Box<[OnceLock<Arc<Pool>>]>>;
 
 static GLOBAL: OnceLock<Runtime> = OnceLock::new();
 
@@ -227,7 +231,7 @@ impl Runtime {
             return Ok(StorageMut::empty(device));
         }
         if let Some(context) = context {
-            let (block, fences) = self.pool_of(device, context).alloc(len)?;
+            let (block, fences) = self.pool_of(&self.0.cuda.pools, device, context, Kind::Device).alloc(len)?;
             return Ok(StorageMut::on_cuda(block, len, device, self.clone(), fences));
         }
         let mut block = self.0.host.alloc(len).map_err(|error| match error {
@@ -256,11 +260,12 @@ impl Runtime {
     /// Its contents are unspecified.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`]; [`DeviceError::Lost`].
+    /// [`DeviceError::OutOfMemory`].
     pub fn alloc_pinned(&self, len: usize) -> Result<StorageMut, DeviceError> {
-        let context = if len == 0 { None } else { self.driver().ok().and_then(|driver| driver.context(0)) };
-        let Some(context) = context.transpose()? else { return self.alloc_host(len) };
-        let pool = self.0.cuda.pinned.get_or_init(|| Pool::new(context, Kind::Pinned));
+        let Some((device, context)) = (len > 0).then(|| self.first_alive()).flatten() else {
+            return self.alloc_host(len);
+        };
+        let pool = self.pool_of(&self.0.cuda.pinned, device, context, Kind::Pinned);
         // Pinned memory comes back after its fences: there are none to wait for.
         let (mut block, _) = pool.alloc(len)?;
         let engine = self.0.engine.as_ref();
@@ -282,13 +287,15 @@ impl Runtime {
     /// What the pool of pinned host memory holds and has done; `None` if none was taken.
     #[must_use]
     pub fn pinned_stats(&self) -> Option<PoolStats> {
-        self.0.cuda.pinned.get().map(|pool| pool.stats())
+        // One pool, but for the time after a device was lost.
+        self.0.cuda.pinned.get()?.iter().filter_map(OnceLock::get).map(|pool| pool.stats()).next_back()
     }
 
     /// Gives idle memory back to the system and to the driver, which may wait for its devices; returns how many bytes that was.
     pub fn trim(&self) -> usize {
-        let devices = self.0.cuda.pools.get().into_iter().flatten().filter_map(OnceLock::get);
-        let cuda: usize = devices.chain(self.0.cuda.pinned.get()).map(|pool| pool.trim()).sum();
+        let pools = [&self.0.cuda.pools, &self.0.cuda.pinned];
+        let pools = pools.into_iter().filter_map(OnceLock::get).flatten().filter_map(OnceLock::get);
+        let cuda: usize = pools.map(|pool| pool.trim()).sum();
         self.0.host.trim() + cuda
     }
 
@@ -343,10 +350,17 @@ impl Runtime {
         driver.context(index).ok_or_else(few)?.map(Some)
     }
 
-    fn pool_of(&self, device: Device, context: &'static Context) -> &Arc<Pool> {
+    fn first_alive(&self) -> Option<(Device, &'static Context)> {
+        let driver = self.driver().ok()?;
+        let contexts = (0..driver.infos().len() as u16).map(|index| (Device::Cuda(index), driver.context(index)));
+        let mut usable = contexts.filter_map(|(device, context)| Some((device, context?.ok()?)));
+        usable.find(|(_, context)| context.expect_alive().is_ok())
+    }
+
+    fn pool_of<'a>(&self, pools: &'a Pools, device: Device, context: &'static Context, kind: Kind) -> &'a Arc<Pool> {
         let count = self.driver().map_or(0, |driver| driver.infos().len());
-        let pools = self.0.cuda.pools.get_or_init(|| (0..count).map(|_| OnceLock::new()).collect());
-        pools[usize::from(device.index())].get_or_init(|| Pool::new(context, Kind::Device))
+        let pools = pools.get_or_init(|| (0..count).map(|_| OnceLock::new()).collect());
+        pools[usize::from(device.index())].get_or_init(|| Pool::new(context, kind))
     }
 
     fn driver(&self) -> Result<&'static Driver, &Unavailable> {

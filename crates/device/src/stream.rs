@@ -419,16 +419,26 @@ impl Stream {
         Event::all_at(self.0.id, ticket, &events, order.clock.clone(), Some(Arc::clone(&tracked.engine)))
     }
 
-    /// Enqueues waits for other CUDA streams; what is left in `order.waits` only the host can wait for.
+    /// Enqueues waits for other CUDA streams; what is left in `order.waits` only the host can wait for, or has failed.
     fn wait_on_cuda(&self, cuda: &CudaStream, order: &mut Order) -> Result<(), DeviceError> {
-        order.waits.retain(|event| !event.is_complete());
-        let mut on_device = order.waits.extract_if(.., |event| event.on_cuda().is_some());
-        let waited = on_device.try_for_each(|event| match event.on_cuda() {
-            Some((other, ticket)) => cuda.wait_for(other, ticket),
-            None => Ok(()),
+        let mut failed = None;
+        order.waits.retain(|event| match event.on_cuda() {
+            _ if event.is_complete() => false,
+            Some((other, ticket)) if !event.is_over() => match cuda.wait_for(other, ticket) {
+                Ok(()) => event.is_over() && !event.is_complete(),
+                Err(error) => {
+                    // What failed there is the waiting operation's failure alone.
+                    let theirs = event.is_over();
+                    if !theirs {
+                        failed = Some(error);
+                    }
+                    theirs
+                }
+            },
+            _ => true,
         });
         // The clock says that what comes next is ordered; it would not be.
-        waited.inspect_err(|error| cuda.give_up(error))
+        failed.map_or(Ok(()), |error| Err(cuda.give_up(&error)))
     }
 
     /// Enqueues one operation on a CUDA device, after all fences of its storages.

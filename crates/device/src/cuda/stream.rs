@@ -185,8 +185,8 @@ impl CudaStream {
     }
 
     /// Points of this stream cannot be told any more, so that nothing can be ordered after them: the device is lost.
-    pub(crate) fn give_up(&self, error: &DeviceError) {
-        self.context.give_up(|| error.to_string());
+    pub(crate) fn give_up(&self, error: &DeviceError) -> DeviceError {
+        self.context.give_up(|| error.to_string())
     }
 
     /// Everything that is pending, and all that comes, fails.
