@@ -26,6 +26,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("demo"), title: "`farcall demo`, without a word on standard error", run: demo },
     Step { command: Some("tcp"), title: "integration tests over TCP, and without a job key", run: tcp },
     Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
+    Step { command: Some("cuda"), title: "the CUDA backend against a fake driver", run: cuda },
     Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
     Step { command: Some("ptx --check"), title: "the kernels' PTX is what their sources give", run: ptx::check },
@@ -128,6 +129,36 @@ fn streams() -> StepResult {
         farcall("demo --devices emulated:2 --streams").arg(mode).run_within(PROGRAM_LIMIT)?;
     }
     Ok(Outcome::Passed)
+}
+
+/// Not a GPU: a driver whose streams are threads, under several seeds. The suite must fail once that driver ignores waits.
+fn cuda() -> StepResult {
+    Shell::new("cargo test -p farcall-fake-cuda").run()?;
+    let folder = fake_driver()?;
+    let suite = |word: &str| {
+        let suite = Shell::new("cargo test -p farcall-device --features mutants --test suite --").arg(word);
+        suite.env("LD_LIBRARY_PATH", &folder).env("FARCALL_CUDA", "require")
+    };
+    for seed in ["0", "1", "2", "3"] {
+        suite("").env("FAKE_CUDA_SEED", seed).run()?;
+    }
+    let blind = suite("slow producer").env("FAKE_CUDA_IGNORE_WAITS", "1");
+    let repeat = suite("slow producer").env("FAKE_CUDA_IGNORE_WAITS", "1");
+    match blind.output() {
+        Err(failure) if failure.what.contains("it ended with") => Ok(Outcome::Passed),
+        Err(failure) => Err(failure),
+        Ok(_) => Err(repeat.failure("the suite passes on a driver that ignores waits: it tests nothing")),
+    }
+}
+
+/// A folder in which the loader finds the fake driver under the name of a real one.
+pub(crate) fn fake_driver() -> Result<String, Failure> {
+    Shell::new("cargo build -p farcall-fake-cuda").run()?;
+    let folder = shell::target().join("fake-cuda");
+    let library = shell::target().join("debug/libfarcall_fake_cuda.so");
+    let copied = fs::create_dir_all(&folder).and_then(|()| fs::copy(&library, folder.join("libcuda.so.1")));
+    copied.map_err(|error| Shell::new("ls -l").arg(&library).failure(error.to_string()))?;
+    Ok(folder.to_string_lossy().into_owned())
 }
 
 /// Memory, storages, layouts, futures and the codec: wherever `unsafe` is, and what leans on it. With a nightly toolchain,

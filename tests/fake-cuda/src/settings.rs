@@ -17,6 +17,8 @@ pub struct Settings {
     pub fault_after: Option<u64>,
     /// `FAKE_CUDA_SEED`: of the pauses that streams make between operations. Default 1; 0 for none.
     pub seed: u64,
+    /// `FAKE_CUDA_IGNORE_WAITS`: if set, streams do not wait for events. A test of order that passes then tests nothing.
+    pub ignore_waits: bool,
     /// `FAKE_CUDA_REFUSE`: `call=status`, separated by commas: those calls always answer so.
     pub refused: Vec<(String, u32)>,
 }
@@ -32,6 +34,7 @@ impl Settings {
             memory_bytes: number("MEMORY_BYTES").unwrap_or(1 << 30),
             fault_after: number("FAULT_AFTER"),
             seed: number("SEED").unwrap_or(1),
+            ignore_waits: std::env::var_os("FAKE_CUDA_IGNORE_WAITS").is_some(),
             refused: refused(&std::env::var("FAKE_CUDA_REFUSE").unwrap_or_default()),
         })
     }
