@@ -7,6 +7,7 @@
 
 #![expect(clippy::print_stdout, reason = "a command-line program: standard output is its purpose")]
 
+mod gpu_pack;
 mod nvrtc;
 mod ptx;
 mod shell;

@@ -8,7 +8,7 @@ use std::{fs, io};
 use crate::ptx;
 use crate::shell::{self, Shell};
 use crate::wheel::{Missing, Wheel};
-use crate::{Failure, Outcome, StepResult};
+use crate::{Failure, Outcome, StepResult, gpu_pack};
 
 pub(crate) struct Step {
     /// `cargo xtask COMMAND`, when it can run alone.
@@ -27,6 +27,11 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("tcp"), title: "integration tests over TCP, and without a job key", run: tcp },
     Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
     Step { command: Some("cuda"), title: "the CUDA backend against a fake driver", run: cuda },
+    Step {
+        command: Some("gpu-pack"),
+        title: "the pack for a machine with a GPU, tried against the fake driver",
+        run: gpu_pack::gpu_pack,
+    },
     Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
     Step { command: Some("ptx --check"), title: "the kernels' PTX is what their sources give", run: ptx::check },

@@ -8,7 +8,7 @@
 //! - `notifier`: the one thread that watches events for the host;
 //! - `memory`: device and pinned memory by size class;
 //! - `module`: this crate's kernels, compiled by the driver at their first use;
-//! - `capability`: what else a driver can do, for reports.
+//! - `capability`, `cost`: what else a driver can do, and what its calls cost, for reports.
 //!
 //! Invariant K1: a device that failed is lost for good: all pending events fail with [`DeviceError::Lost`], new work is refused.
 //! Invariant K2: no call that waits for the device is made to order work: events are recorded, waited for on streams, and queried.
@@ -19,6 +19,7 @@
 mod capability;
 mod check;
 mod context;
+mod cost;
 mod event;
 mod memory;
 mod module;
@@ -29,6 +30,7 @@ mod sys;
 
 pub use capability::{Answer, Capability, capabilities};
 pub(crate) use context::Context;
+pub use cost::driver_costs;
 pub(crate) use memory::{Block, Kind, Pool, Space};
 pub use probe::{DeviceInfo, Unavailable, Version, probe};
 pub(crate) use probe::{Driver, driver};

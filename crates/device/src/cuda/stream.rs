@@ -99,6 +99,10 @@ impl CudaStream {
         Some(idle.swap_remove(at).raw())
     }
 
+    pub(super) fn raw(&self) -> CUstream {
+        self.raw
+    }
+
     pub(crate) fn context(&self) -> &'static Context {
         self.context
     }
