@@ -10,7 +10,7 @@
 //! - `module`: this crate's kernels, compiled by the driver at their first use;
 //! - `capability`, `cost`: what else a driver can do, and what its calls cost, for reports.
 //!
-//! Invariant K1: a device that failed is lost for good: all pending events fail with [`DeviceError::Lost`], new work is refused.
+//! Invariant K1: a device that failed is lost for good: all pending events fail with [`Lost`](crate::DeviceError::Lost), new work is refused.
 //! Invariant K2: no call that waits for the device is made to order work: events are recorded, waited for on streams, and queried.
 //! Memory is freed by `trim`, when memory runs out, and at the end of a runtime, nowhere else.
 //! Invariant K3: every call that needs a context has it current, and leaves the caller's own current afterwards.

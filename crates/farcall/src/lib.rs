@@ -2,7 +2,7 @@
 //!
 //! # This crate
 //! What Rust programs depend on: the public items of the crates below, and nothing of its own.
-//! [`architecture`] is the map of the whole.
+//! [`architecture`] is the map of the whole, [`gotchas`] what surprised us about drivers.
 
 pub use farcall_device::{
     self as device, DType, Device, DeviceError, DeviceFuture, Layout, Promise, Runtime, Storage, Stream, Tensor,
@@ -24,6 +24,9 @@ pub mod prelude {
 
 #[doc = include_str!("../docs/architecture.md")]
 pub mod architecture {}
+
+#[doc = include_str!("../docs/gotchas.md")]
+pub mod gotchas {}
 
 /// What `#[farcall::function]` expands to; not for programs.
 #[doc(hidden)]
