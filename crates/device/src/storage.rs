@@ -286,7 +286,7 @@ impl Storage {
         match &self.0.memory {
             Memory::Empty => NonNull::dangling().as_ptr(),
             Memory::Pooled(block) => block.range().bytes().as_ptr(),
-            Memory::Cuda(block) | Memory::Pinned(block) => std::ptr::without_provenance(block.address() as usize),
+            Memory::Cuda(block) | Memory::Pinned(block) => block.address() as *const u8,
             Memory::Foreign(foreign) => foreign.as_ptr(),
         }
     }
@@ -520,7 +520,9 @@ impl Drop for Bytes {
                 fences.inspect(|fence| fence.look()).filter(|fence| !fence.is_over()).cloned().collect()
             }
         };
-        if let Memory::Cuda(_) = self.memory {
+        if let Memory::Cuda(block) = &self.memory
+            && block.can_follow(&pending)
+        {
             // The next holder's streams wait for them: nobody has to know when.
             if let Memory::Cuda(block) = std::mem::replace(&mut self.memory, Memory::Empty) {
                 block.give_back_behind(pending);

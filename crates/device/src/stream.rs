@@ -76,6 +76,22 @@ struct Order {
     has_joined: bool,
 }
 
+impl Order {
+    fn await_too(&mut self, event: &Event) {
+        // A later point of the same CUDA stream stands for the earlier: what nobody looks at must not pile up.
+        if let Some((cuda, ticket)) = event.on_cuda() {
+            let same = |other: &&mut Event| other.on_cuda().is_some_and(|(other, _)| Arc::ptr_eq(other, cuda));
+            if let Some(other) = self.waits.iter_mut().find(same) {
+                if other.ticket() < ticket {
+                    *other = event.clone();
+                }
+                return;
+            }
+        }
+        self.waits.push(event.clone());
+    }
+}
+
 struct Tracked {
     engine: Arc<Engine>,
     lane: Arc<Lane>,
@@ -507,7 +523,7 @@ impl Stream {
         }
         let Some(tracked) = &self.0.tracked else {
             if !event.is_complete() {
-                order.waits.push(event.clone());
+                order.await_too(event);
             }
             return;
         };
@@ -525,7 +541,7 @@ impl Stream {
         }
         // A ticket says all only about a queued stream's work, so other events are asked. A failed one is waited for: it fails us.
         if !event.is_complete() {
-            order.waits.push(event.clone());
+            order.await_too(event);
         }
     }
 

@@ -463,3 +463,63 @@ fn a_runtime_that_ends_leaves_its_memory_to_the_work_that_uses_it() {
         assert!(calls("cuMemFree_v2") > 0, "large slabs went back");
     });
 }
+
+/// G2: what failed or never comes of a block's former life is not its next holder's concern.
+#[test]
+fn memory_behind_a_token_is_not_handed_on_before_it() {
+    in_child("memory_behind_a_token_is_not_handed_on_before_it", Library::Fake, &[], || {
+        let runtime = runtime();
+        let stream = runtime.stream(CUDA).expect("a stream");
+        let (token, arrives) = Event::token(&runtime);
+        let late = runtime.alloc(CUDA, 10_000_000).expect("memory").freeze_at(arrives);
+        let address = late.as_ptr() as usize;
+        drop(late);
+        // A NIC may be writing there: other memory, and no wait.
+        let other = filled(&stream, 10_000_000, 4);
+        assert_ne!(other.as_ptr() as usize, address);
+        assert_eq!(bytes(&stream, &other).expect("no failure").len(), 10_000_000);
+        drop(token);
+        let again = filled(&stream, 10_000_000, 5);
+        assert_eq!(again.as_ptr() as usize, address, "now it is free");
+        assert_eq!(bytes(&stream, &again).expect("the token's failure is not ours")[0], 5);
+    });
+}
+
+#[test]
+fn memory_that_is_still_in_use_is_waited_for_before_a_device_is_called_full() {
+    let variables = [("FAKE_CUDA_MEMORY_BYTES", "50000000")];
+    let test = "memory_that_is_still_in_use_is_waited_for_before_a_device_is_called_full";
+    in_child(test, Library::Fake, &variables, || {
+        let runtime = runtime();
+        let stream = runtime.stream(CUDA).expect("a stream");
+        stream.delay(Duration::from_millis(20)).expect("enqueued");
+        drop(filled(&stream, 30_000_000, 1));
+        // Another class: the first block has to go back to the driver, and is in use.
+        assert_eq!(bytes(&stream, &filled(&stream, 40_000_000, 2)).expect("room").len(), 40_000_000);
+    });
+}
+
+#[test]
+fn points_that_nobody_asks_about_do_not_pile_up() {
+    let test = "points_that_nobody_asks_about_do_not_pile_up";
+    in_child(test, Library::Fake, &[("FAKE_CUDA_SEED", "0")], || {
+        let runtime = Runtime::new(Config { check: Check::Off, ..Config::default() }).expect("a runtime");
+        let [cuda, host] = [CUDA, Device::HOST].map(|device| runtime.stream(device).expect("a stream"));
+        let source = filled(&cuda, 64, 3);
+        let events = calls("cuEventCreate");
+        for round in 0..500 {
+            let mut back = runtime.alloc_pinned(64).expect("memory");
+            // On a stream of the host, which itself never runs anything behind the copies.
+            host.copy(&source, &mut back).expect("enqueued");
+            if round % 50 == 0 {
+                host.synchronize(LONG).expect("passes");
+            }
+        }
+        assert!(calls("cuEventCreate") - events < 150, "{} events", calls("cuEventCreate") - events);
+        assert_eq!(runtime.pinned_stats().expect("taken").slabs, 1);
+        let mut back = runtime.alloc_pinned(64).expect("memory");
+        host.copy(&source, &mut back).expect("enqueued");
+        let back = DeviceFuture::<Storage>::ready(back.freeze(&host)).wait(LONG).expect("there");
+        assert_eq!(back.as_bytes().expect("ready"), [3; 64]);
+    });
+}

@@ -4,7 +4,8 @@
 //! block is a slab of its own. Slabs are of `cuMemAlloc`: other processes and NICs can reach such memory, pool memory they cannot.
 //! Invariant G1: a block is in one place: with its holder, in its class's free list, or not yet cut from a slab.
 //! Invariant G2: device memory is reused in the order of its fences: a free block carries those that are pending, and its next
-//! holder's streams wait for them. Pinned memory, which the host reaches too, comes back after its fences.
+//! holder's streams wait for them. Where those are not the device's own, such as a token, and for pinned memory, which the host
+//! reaches too, a block comes back after its fences.
 //! Invariant G3: the driver frees memory only in `trim`, when memory runs out, and when a pool ends, each behind its fences.
 
 use std::collections::{HashMap, VecDeque};
@@ -12,6 +13,7 @@ use std::ffi::c_void;
 use std::fmt;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::sys::{self, CUdeviceptr};
@@ -30,6 +32,11 @@ const SMALL_BYTES_MAX: usize = 8 << 20;
 const DEVICE_SLAB_BYTES: usize = 64 << 20;
 /// A shared slab of pinned memory: pinning is slow, and takes memory from everybody else.
 const PINNED_SLAB_BYTES: usize = 16 << 20;
+
+/// Free blocks of a class that an allocation looks at before it takes other memory: those that were freed first.
+const LOOKED_AT_MAX: usize = 8;
+/// How long an allocation waits for memory that is free but still in use, once the device has no other.
+const RECLAIM_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Which memory a pool recycles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,6 +197,14 @@ impl Pool {
             }
             other => other,
         };
+        let range = match range {
+            Err(DeviceError::Driver { code: sys::OUT_OF_MEMORY, .. }) => {
+                self.await_free(RECLAIM_WAIT_MAX);
+                self.trim();
+                self.fresh(size)
+            }
+            other => other,
+        };
         match range {
             Ok(range) => Ok(self.hand_out(class, Free { range, fences: Vec::new() }, false)),
             Err(DeviceError::Driver { code: sys::OUT_OF_MEMORY, .. }) => {
@@ -204,7 +219,7 @@ impl Pool {
         let take = || {
             let mut state = lock(&self.state);
             let free = state.free.get_mut(&class)?;
-            let at = free.iter().position(Free::is_ready)?;
+            let at = free.iter().take(LOOKED_AT_MAX).position(Free::is_ready)?;
             free.remove(at)
         };
         if let Some(free) = take() {
@@ -254,8 +269,23 @@ impl Pool {
         (Block { range: Some(free.range), class, pool: Arc::clone(self) }, fences)
     }
 
+    /// The fences of all free blocks.
+    fn fences(&self) -> Vec<Event> {
+        lock(&self.state).free.values().flatten().flat_map(|free| free.fences.clone()).collect()
+    }
+
+    /// Waits for the last uses of free blocks.
+    fn await_free(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        for fence in self.fences() {
+            // Failed or late: such a block stays where it is.
+            let _ = fence.block(deadline.saturating_duration_since(Instant::now()));
+        }
+    }
+
     /// Gives memory of which nothing is in use back to the driver; returns how many bytes that was. This can wait for the device.
     pub(crate) fn trim(&self) -> usize {
+        self.fences().iter().for_each(Event::look);
         let mut state = lock(&self.state);
         let mut free_bytes: HashMap<*const CudaSlab, usize> = HashMap::new();
         let ready = state.free.values().flatten().filter(|free| free.is_ready()).map(|free| &free.range);
@@ -383,6 +413,13 @@ impl Block {
 
     pub(crate) fn address(&self) -> u64 {
         self.range.as_ref().map_or(0, |range| range.slab.base + range.offset as u64)
+    }
+
+    /// Whether the next holder's streams can wait for all `fences` on the device, and none can fail but with the device itself.
+    pub(crate) fn can_follow(&self, fences: &[Event]) -> bool {
+        let own =
+            |fence: &Event| fence.on_cuda().is_some_and(|(stream, _)| ptr::eq(stream.context(), self.pool.context));
+        fences.iter().all(own)
     }
 
     /// Gives device memory back before its `fences` are over: its next holder waits for them (G2).

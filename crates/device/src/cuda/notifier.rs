@@ -90,7 +90,9 @@ impl Notifier {
         let mut quiet_since = Instant::now();
         let mut pause = SLEEP_MIN;
         let mut seen = 0;
+        let mut watched: Vec<Arc<CudaStream>> = Vec::new();
         loop {
+            watched.clear();
             let mut told = lock(&self.told);
             told.watched.retain(|stream| stream.is_wanted());
             while told.watched.is_empty() && told.due.is_empty() {
@@ -100,7 +102,7 @@ impl Notifier {
                 (seen, quiet_since, pause) = (told.news, Instant::now(), SLEEP_MIN);
             }
             let due = std::mem::take(&mut told.due);
-            let watched = told.watched.clone();
+            watched.extend_from_slice(&told.watched);
             drop(told);
             due.into_iter().for_each(Due::run);
             let mut passed = false;
