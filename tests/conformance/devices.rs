@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use farcall::device::{Check, Config, CpuMode, Event, mutants};
+use farcall::device::{Check, Config, CpuMode, Cuda, Event, mutants};
 use farcall::prelude::*;
 use farcall::{DeviceError, DeviceMap, Reply, Runtime, StoreServer, TensorMut};
 
@@ -236,7 +236,8 @@ fn a_device_map_that_cannot_be_is_refused_at_join() {
         let store = StoreServer::bind("127.0.0.1:0").expect("a store");
         let mut options = Options::new(0, 1, store.address().to_string());
         options.host_store = false;
-        options.device_runtime = Some(Runtime::new(Config::default()).expect("no devices"));
+        let host_alone = Config { cuda: Cuda::Off, ..Config::default() };
+        options.device_runtime = Some(Runtime::new(host_alone).expect("no devices"));
         let map = DeviceMap::new([(Device::Cuda(0), Device::Cuda(0))]).expect("one to one");
         options.device_maps.insert("w0".to_owned(), map);
         let refused = Agent::join_blocking(options.clone()).expect_err("there is no cuda:0");

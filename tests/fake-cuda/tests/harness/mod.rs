@@ -14,6 +14,7 @@ const CHILD_MAX: Duration = Duration::from_secs(60);
 
 /// Which library a child finds.
 #[derive(Clone, Copy)]
+#[allow(dead_code, reason = "not every test program needs each")]
 pub(crate) enum Library {
     None,
     Fake,
