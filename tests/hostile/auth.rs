@@ -103,6 +103,42 @@ fn a_peer_with_the_key_is_still_refused_for_what_else_is_wrong() {
     });
 }
 
+/// Extensions of a later version are passed over, but nobody adds them on the way: proofs cover them.
+#[test]
+fn extensions_of_a_hello_are_passed_over_and_covered_by_its_proof() {
+    bounded(|| {
+        let target = keyed();
+        let right = target.job_key().expect("a keyed group").clone();
+        let extended = |hello: &Frame| {
+            let mut bytes = hello.patched(30, &3_u16.to_le_bytes());
+            bytes.splice(64..64, [7, 8, 9]);
+            bytes
+        };
+        for covered in [true, false] {
+            let mut peer = target.stranger();
+            let hello = with_nonce(&hello(target.group_name(), &control(Some("w0"))), [3; 32]);
+            peer.send(&extended(&hello));
+            let challenge = peer.expect(CHALLENGE).metadata;
+            let known = if covered { [&[7, 8, 9], &hello.metadata[..]].concat() } else { hello.metadata };
+            let transcript = Transcript::worker(&right).with(&known).with(&challenge[..32]);
+            assert_eq!(transcript.proof("challenge") == challenge[32..], covered);
+            peer.send(&proof(transcript.with(&challenge[32..]).proof("proof")));
+            if covered {
+                peer.expect(WELCOME);
+            } else {
+                assert_eq!(peer.close(), (WRONG_KEY, String::new()));
+            }
+        }
+        target.shutdown();
+        // Where there is no key, they are passed over just so.
+        let target = Target::new();
+        let mut peer = target.stranger();
+        peer.send(&extended(&hello(target.group_name(), &control(Some("w0")))));
+        peer.expect(WELCOME);
+        target.shutdown();
+    });
+}
+
 /// A proof made of the true key, a hello and the challenge that answered it.
 type Forgery = fn(&JobKey, &Frame, &[u8]) -> Vec<u8>;
 

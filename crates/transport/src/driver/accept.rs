@@ -21,7 +21,7 @@ use crate::error::AuthError;
 use crate::frame::{HEADER_BYTES, Header, Kind, MAGIC, VERSION};
 use crate::key::fresh;
 use crate::tcp::{self, Progress};
-use crate::{CloseCause, ProtocolError, local};
+use crate::{CloseCause, Limits, ProtocolError, local};
 
 /// Accepted per event, so that a flood of dialers does not starve the connected.
 const ACCEPTS: usize = 64;
@@ -52,6 +52,20 @@ enum Phase {
     Proof(Box<(Hello, Acceptor)>),
     /// Let in, or refused.
     Over,
+}
+
+/// A stranger's message.
+struct Message {
+    kind: Kind,
+    /// All behind its header: what a proof covers (A1), extensions that are passed over included.
+    bytes: Vec<u8>,
+    metadata_at: usize,
+}
+
+impl Message {
+    fn metadata(&self) -> &[u8] {
+        &self.bytes[self.metadata_at..]
+    }
 }
 
 impl Greeting {
@@ -154,26 +168,26 @@ impl Driver {
     fn greeting_event(self: &Arc<Self>, greeting: &Arc<Greeting>) -> Result<(), CloseCause> {
         loop {
             let mut state = lock(&greeting.state);
-            let Some((kind, message)) = self.read_message(greeting, &mut state)? else { return Ok(()) };
+            let Some(message) = self.read_message(greeting, &mut state)? else { return Ok(()) };
             match std::mem::replace(&mut state.phase, Phase::Over) {
                 Phase::Hello => {
-                    let hello: Hello = read_greeting("hello", &message)?;
-                    let Some((acceptor, challenge)) = self.challenge(&hello, &message)? else {
+                    let hello: Hello = read_greeting("hello", message.metadata())?;
+                    let Some((acceptor, challenge)) = self.challenge(&hello, &message.bytes)? else {
                         drop(state);
                         return self.admit(greeting, hello, None);
                     };
                     state.phase = Phase::Proof(Box::new((hello, acceptor)));
                     write_greeting(greeting.registration.socket(), &self::greeting(Kind::Challenge, &challenge))?;
                 }
-                Phase::Proof(begun) if kind == Kind::Close => {
-                    let goodbye: Goodbye = read_greeting("goodbye", &message)?;
+                Phase::Proof(begun) if message.kind == Kind::Close => {
+                    let goodbye: Goodbye = read_greeting("goodbye", message.metadata())?;
                     let cause = goodbye.cause(|| begun.0.worker.id.to_string());
                     self.count_refusal(&cause);
                     return Err(CloseCause::PeerLost { source: None });
                 }
                 Phase::Proof(begun) => {
                     let (hello, mut acceptor) = *begun;
-                    acceptor.on_proof(&message)?;
+                    acceptor.on_proof(message.metadata())?;
                     drop(state);
                     return self.admit(greeting, hello, Some(acceptor));
                 }
@@ -183,35 +197,21 @@ impl Driver {
     }
 
     /// Reads one message and no byte beyond it: what follows the last one belongs to the endpoint.
-    fn read_message(&self, greeting: &Greeting, state: &mut State) -> Result<Option<(Kind, Vec<u8>)>, CloseCause> {
+    fn read_message(&self, greeting: &Greeting, state: &mut State) -> Result<Option<Message>, CloseCause> {
         let State { bytes, phase } = state;
-        let (wanted, expected, bytes_max) = match phase {
-            Phase::Hello => (Kind::Hello, "a hello", HELLO_BYTES_MAX),
-            Phase::Proof(..) => (Kind::Proof, "a proof of the job key", PROOF_BYTES_MAX),
+        let awaited = match phase {
+            Phase::Hello => Awaited::Hello,
+            Phase::Proof(..) => Awaited::Proof,
             Phase::Over => return Ok(None),
         };
         loop {
-            if let Some(magic) = bytes.first_chunk()
-                && u32::from_le_bytes(*magic) != MAGIC
-            {
-                // Whoever speaks something else need not send a whole header to be told.
-                return Err(ProtocolError::Magic { found: u32::from_le_bytes(*magic) }.into());
-            }
-            let want = if let Some(head) = bytes.first_chunk() {
-                let (header, kind) = Header::parse(head, &self.config.limits)?;
-                let expected_kind = kind == wanted || (wanted == Kind::Proof && kind == Kind::Close);
-                if !expected_kind || header.tensors != 0 || header.payload_len != 0 {
-                    return Err(ProtocolError::Unexpected { kind, expected }.into());
+            let want = match parse_message(bytes, awaited, &self.config.limits)? {
+                Parsed::Wants(want) => want,
+                Parsed::Message { kind, metadata } => {
+                    let metadata_len = metadata.len();
+                    let bytes = std::mem::take(bytes).split_off(HEADER_BYTES);
+                    return Ok(Some(Message { kind, metadata_at: bytes.len() - metadata_len, bytes }));
                 }
-                let what = if wanted == Kind::Hello { "hello bytes" } else { "proof bytes" };
-                crate::frame::limit(what, header.body_len() as u64, bytes_max)?;
-                if bytes.len() == HEADER_BYTES + header.body_len() {
-                    let message = std::mem::take(bytes).split_off(HEADER_BYTES);
-                    return Ok(Some((kind, message)));
-                }
-                HEADER_BYTES + header.body_len() - bytes.len()
-            } else {
-                HEADER_BYTES - bytes.len()
             };
             let mut room = [0_u8; 1024];
             let want = want.min(room.len());
@@ -334,5 +334,104 @@ impl Driver {
         } else {
             tracing::debug!(%error, refused, "refused a connection");
         }
+    }
+}
+
+/// What a stranger is to send next.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Awaited {
+    Hello,
+    Proof,
+}
+
+/// What the bytes of a stranger amount to.
+#[derive(Debug)]
+pub(crate) enum Parsed<'a> {
+    /// So many more bytes belong to the message, at least; 1 or more.
+    Wants(usize),
+    /// All of it. A goodbye may come in place of a proof.
+    Message { kind: Kind, metadata: &'a [u8] },
+}
+
+/// Reads the message that `bytes` are, or begin. It asks for no byte beyond: what follows the last one is the endpoint's.
+pub(crate) fn parse_message<'a>(
+    bytes: &'a [u8],
+    awaited: Awaited,
+    limits: &Limits,
+) -> Result<Parsed<'a>, ProtocolError> {
+    if let Some(magic) = bytes.first_chunk()
+        && u32::from_le_bytes(*magic) != MAGIC
+    {
+        // Whoever speaks something else need not send a whole header to be told.
+        return Err(ProtocolError::Magic { found: u32::from_le_bytes(*magic) });
+    }
+    let Some((head, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
+        return Ok(Parsed::Wants(HEADER_BYTES - bytes.len()));
+    };
+    let (header, kind) = Header::parse(head, limits)?;
+    let (fits, expected, what, bytes_max) = match awaited {
+        Awaited::Hello => (kind == Kind::Hello, "a hello", "hello bytes", HELLO_BYTES_MAX),
+        Awaited::Proof => {
+            (matches!(kind, Kind::Proof | Kind::Close), "a proof of the job key", "proof bytes", PROOF_BYTES_MAX)
+        }
+    };
+    if !fits || header.tensors != 0 || header.payload_len != 0 {
+        return Err(ProtocolError::Unexpected { kind, expected });
+    }
+    crate::frame::limit(what, header.body_len() as u64, bytes_max)?;
+    match body.get(..header.body_len()) {
+        // Extensions come before the metadata (W1); none is known.
+        Some(body) => Ok(Parsed::Message { kind, metadata: &body[header.ext_len as usize..] }),
+        None => Ok(Parsed::Wants(header.body_len() - body.len())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello() -> Vec<u8> {
+        greeting(Kind::Hello, b"who it is")
+    }
+
+    #[track_caller]
+    fn expect_hello(bytes: &[u8]) {
+        match parse_message(bytes, Awaited::Hello, &Limits::default()) {
+            Ok(Parsed::Message { kind: Kind::Hello, metadata }) => assert_eq!(metadata, b"who it is"),
+            other => panic!("no hello: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_message_asks_for_its_own_bytes_only() {
+        let bytes = hello();
+        for len in 0..bytes.len() {
+            let parsed = parse_message(&bytes[..len], Awaited::Hello, &Limits::default());
+            let Ok(Parsed::Wants(want)) = parsed else { panic!("{len} bytes: {parsed:?}") };
+            let end = if len < HEADER_BYTES { HEADER_BYTES } else { bytes.len() };
+            assert_eq!(len + want, end);
+        }
+        expect_hello(&bytes);
+    }
+
+    /// W1: a dialer of a later version may say more before the metadata. It was read as metadata once.
+    #[test]
+    fn extensions_of_a_hello_are_passed_over() {
+        let mut bytes = hello();
+        bytes[30] = 3;
+        bytes.splice(HEADER_BYTES..HEADER_BYTES, [7, 8, 9]);
+        expect_hello(&bytes);
+    }
+
+    #[test]
+    fn a_goodbye_may_come_in_place_of_a_proof_but_not_of_a_hello() {
+        let goodbye = greeting(Kind::Close, &[1, 0]);
+        let parse = |awaited| parse_message(&goodbye, awaited, &Limits::default());
+        assert!(matches!(parse(Awaited::Proof), Ok(Parsed::Message { kind: Kind::Close, metadata: [1, 0] })));
+        assert!(matches!(parse(Awaited::Hello), Err(ProtocolError::Unexpected { kind: Kind::Close, .. })));
+        assert!(matches!(
+            parse_message(&hello(), Awaited::Proof, &Limits::default()),
+            Err(ProtocolError::Unexpected { kind: Kind::Hello, .. })
+        ));
     }
 }
