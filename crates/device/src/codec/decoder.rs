@@ -21,6 +21,8 @@ pub(super) struct Decoder<'de> {
     used_ahead: BTreeSet<usize>,
     depth: usize,
     empty_elements: usize,
+    /// Elements that the sequences around the current value still expect, as they claim; saturated.
+    promised: usize,
     /// The typed error of a tensor, which serde carries as text only.
     cause: Option<CodecError>,
     context: &'de mut dyn Any,
@@ -29,7 +31,18 @@ pub(super) struct Decoder<'de> {
 impl<'de> Decoder<'de> {
     pub(super) fn new(bytes: &'de [u8], tensors: &'de [Tensor], context: &'de mut dyn Any) -> Self {
         let used_ahead = BTreeSet::new();
-        Self { bytes, at: 0, tensors, used: 0, used_ahead, depth: 0, empty_elements: 0, cause: None, context }
+        Self {
+            bytes,
+            at: 0,
+            tensors,
+            used: 0,
+            used_ahead,
+            depth: 0,
+            empty_elements: 0,
+            promised: 0,
+            cause: None,
+            context,
+        }
     }
 
     /// Reads a tensor's index and takes that tensor.
@@ -145,7 +158,21 @@ impl<'de> Decoder<'de> {
     }
 
     fn fields<V: Visitor<'de>>(&mut self, count: usize, visitor: V) -> Result<V::Value, CodecError> {
-        self.nested(|decoder| visitor.visit_seq(Elements { decoder, left: count, counted: false, entry_start: 0 }))
+        self.nested(|decoder| {
+            let promised_outside = decoder.promised;
+            visitor.visit_seq(Elements { decoder, left: count, counted: false, entry_start: 0, promised_outside })
+        })
+    }
+
+    /// Reads a length, then as many elements or entries.
+    fn counted<T>(&mut self, f: impl FnOnce(Elements<'_, 'de>) -> Result<T, CodecError>) -> Result<T, CodecError> {
+        let left = self.length()?;
+        self.nested(|decoder| {
+            let promised_outside = decoder.promised;
+            let value = f(Elements { decoder: &mut *decoder, left, counted: true, entry_start: 0, promised_outside })?;
+            decoder.promised = promised_outside;
+            Ok(value)
+        })
     }
 
     /// Counts an element or entry that took no bytes since `before` (C1: a length alone must not cost much work).
@@ -258,8 +285,7 @@ impl<'de> de::Deserializer<'de> for &mut Decoder<'de> {
     }
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, CodecError> {
-        let left = self.length()?;
-        self.nested(|decoder| visitor.visit_seq(Elements { decoder, left, counted: true, entry_start: 0 }))
+        self.counted(|elements| visitor.visit_seq(elements))
     }
 
     fn deserialize_tuple<V: Visitor<'de>>(self, len: usize, visitor: V) -> Result<V::Value, CodecError> {
@@ -276,8 +302,7 @@ impl<'de> de::Deserializer<'de> for &mut Decoder<'de> {
     }
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, CodecError> {
-        let left = self.length()?;
-        self.nested(|decoder| visitor.visit_map(Elements { decoder, left, counted: true, entry_start: 0 }))
+        self.counted(|entries| visitor.visit_map(entries))
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
@@ -315,12 +340,24 @@ struct Elements<'d, 'de> {
     counted: bool,
     /// Where the current map entry starts.
     entry_start: usize,
+    /// The decoder's `promised` around this sequence.
+    promised_outside: usize,
 }
 
 impl Elements<'_, '_> {
-    /// What to make room for: no more than the bytes that are left can hold, whatever length they claim.
+    /// What to make room for, whatever length is claimed: no more than the bytes that are left can hold, beside what the
+    /// sequences around this one expect. So the rooms of lists in lists never add up to more than the input warrants.
     fn bounded(&self) -> Option<usize> {
-        Some(if self.counted { self.left.min(self.decoder.left()) } else { self.left })
+        let free = self.decoder.left().saturating_sub(self.promised_outside);
+        Some(if self.counted { self.left.min(free) } else { self.left })
+    }
+
+    /// Counts an element that is about to be read.
+    fn begin(&mut self) {
+        self.left -= 1;
+        if self.counted {
+            self.decoder.promised = self.promised_outside.saturating_add(self.left);
+        }
     }
 }
 
@@ -331,7 +368,7 @@ impl<'de> de::SeqAccess<'de> for Elements<'_, 'de> {
         if self.left == 0 {
             return Ok(None);
         }
-        self.left -= 1;
+        self.begin();
         let before = self.decoder.at;
         let value = seed.deserialize(&mut *self.decoder)?;
         if self.counted {
@@ -352,7 +389,7 @@ impl<'de> de::MapAccess<'de> for Elements<'_, 'de> {
         if self.left == 0 {
             return Ok(None);
         }
-        self.left -= 1;
+        self.begin();
         self.entry_start = self.decoder.at;
         seed.deserialize(&mut *self.decoder).map(Some)
     }

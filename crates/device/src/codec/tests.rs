@@ -281,6 +281,35 @@ fn c1_a_claimed_length_is_not_believed() {
     agrees(&vec![((), 1_u8); MAX_EMPTY_ELEMENTS + 1]);
 }
 
+/// Room is made for what the innermost lists claim while that of the outer ones is held; all must fit the input together.
+#[test]
+fn c1_claims_of_lists_in_lists_add_up_to_no_more_than_the_input() {
+    thread_local!(static ROOM: std::cell::Cell<usize> = const { std::cell::Cell::new(0) });
+    struct Lists;
+    impl<'de> Deserialize<'de> for Lists {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            deserializer.deserialize_seq(Lists)
+        }
+    }
+    impl<'de> serde::de::Visitor<'de> for Lists {
+        type Value = Self;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("lists")
+        }
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut elements: A) -> Result<Self, A::Error> {
+            ROOM.set(ROOM.get() + elements.size_hint().unwrap());
+            while elements.next_element::<Self>()?.is_some() {}
+            Ok(self)
+        }
+    }
+    let greedy = [vec![127; 100], vec![0; 127]].concat();
+    assert!(matches!(decode::<Lists>(&greedy, &[]), Err(CodecError::Truncated { .. })));
+    assert!((127..=greedy.len()).contains(&ROOM.take()), "100 lists that claim 127 elements each");
+    // Honest lists get all the room they ask for.
+    assert!(decode::<Lists>(&[3, 0, 2, 0, 0, 1, 0], &[]).is_ok());
+    assert_eq!(ROOM.take(), 3 + 2 + 1);
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 enum Chain {
     End,
