@@ -439,7 +439,8 @@ impl Layout {
         for (stride, &size) in strides.iter_mut().zip(shape.iter()).rev() {
             *stride = next;
             let size = i64::try_from(size.max(1)).map_err(|_| LayoutError::Overflow)?;
-            next = next.checked_mul(size).ok_or(LayoutError::Overflow)?;
+            // Saturates beside a size of 0, where strides do not matter; else the count of elements is refused below.
+            next = next.saturating_mul(size);
         }
         Self::checked(dtype, shape, strides, offset)
     }
@@ -452,7 +453,9 @@ impl Layout {
         }
         let mut layout = Self { shape, strides, offset, numel: 0, dtype };
         if layout.shape.contains(&0) {
-            return Ok(layout);
+            // Sizes travel as signed numbers; those of a layout with elements are bounded by their product.
+            let fits = layout.shape.iter().all(|size| i64::try_from(*size).is_ok());
+            return if fits { Ok(layout) } else { Err(LayoutError::Overflow) };
         }
         let mut numel = 1_usize;
         let mut end = offset;

@@ -51,6 +51,20 @@ fn views_of_a_matrix_by_hand() {
     assert_eq!(matrix.narrow(0, 2, 0).unwrap().byte_span(), 0..0, "no elements, whatever the offset");
 }
 
+/// Which sizes are possible does not depend on how the strides are given: what one side makes, the other must read.
+#[test]
+fn sizes_beside_a_zero_are_alike_with_and_without_strides() {
+    let huge = isize::MAX as usize;
+    let empty = Layout::contiguous(DType::F64, &[0, huge, huge]).unwrap();
+    assert_eq!((empty.numel(), empty.byte_span(), empty.strides()[1..].to_vec()), (0, 0..0, vec![i64::MAX, 1]));
+    assert_eq!(contiguous(&[0, 1, 1]).broadcast_to(&[0, huge, huge]).unwrap().shape(), empty.shape());
+    assert_eq!(empty.reshape(&[huge, 0]).unwrap().shape(), [huge, 0]);
+    // No signed number on the wire could say it.
+    assert_eq!(Layout::contiguous(DType::U8, &[0, huge + 1]), Err(LayoutError::Overflow));
+    assert_eq!(Layout::strided(DType::U8, &[0, huge + 1], &[0, 0], 0), Err(LayoutError::Overflow));
+    assert_eq!(contiguous(&[0, 1]).broadcast_to(&[0, huge + 1]), Err(LayoutError::Overflow));
+}
+
 #[test]
 fn reshape_needs_a_copy_only_where_strides_cannot_say_it() {
     let transposed = contiguous(&[4, 6]).transpose(0, 1).unwrap();
@@ -130,7 +144,7 @@ fn l1_extreme_numbers_in_dimensions_that_do_not_matter_do_no_harm() {
     let far = Layout::strided(DType::U8, &[2, 2], &[1 << 62, 1], 0).unwrap();
     assert_eq!((far.is_contiguous(), far.is_dense(), far.byte_span().end), (false, false, (1 << 62) + 2));
     assert_eq!(far.reshape(&[2, 1, 2, 1]).unwrap().strides()[2], 1);
-    let empty = Layout::strided(DType::C128, &[0, usize::MAX], &[i64::MAX, i64::MAX], 5).unwrap();
+    let empty = Layout::strided(DType::C128, &[0, isize::MAX as usize], &[i64::MAX, i64::MAX], 5).unwrap();
     assert_eq!((empty.numel(), empty.size_bytes(), run_offsets(&empty).len()), (0, 0, 0));
     assert!(empty.is_dense() && empty.is_dense_or_broadcast() && empty.fits(0).is_ok());
     assert_eq!(empty.packed().numel(), 0);
