@@ -21,6 +21,8 @@ use crate::{Limits, ProtocolError};
 
 const FIXED_BYTES: usize = 48;
 const HAS_STRIDES: u8 = 1;
+/// The smallest descriptor: a scalar's.
+pub(crate) const MIN_BYTES: u64 = FIXED_BYTES as u64;
 /// The largest descriptor: every dimension with its stride.
 pub(crate) const MAX_BYTES: u64 = (FIXED_BYTES + MAX_RANK * 16) as u64;
 
@@ -208,6 +210,16 @@ mod tests {
         expected.extend([1, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(wire(&transposed), expected);
         assert_eq!(read(&expected), Ok(transposed));
+    }
+
+    /// Strides do not travel without elements; the peer must be able to make up its own.
+    #[test]
+    fn a_tensor_without_elements_is_read_back_whatever_its_other_sizes() {
+        let narrow = Layout::contiguous(DType::F32, &[0, 1, 1]).expect("a small layout");
+        let layout = narrow.broadcast_to(&[0, 1 << 40, 1 << 40]).expect("no elements");
+        let bytes = wire(&Descriptor { layout, device: Device::HOST, mode: Mode::Inline, len_bytes: 0 });
+        let again = read(&bytes).expect("it was refused once, and the connection closed");
+        assert_eq!((again.layout.shape(), again.len_bytes), (&[0, 1 << 40, 1 << 40][..], 0));
     }
 
     #[test]

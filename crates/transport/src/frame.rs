@@ -128,11 +128,12 @@ impl Header {
         }
         limit("metadata bytes", u64::from(header.meta_len), limits.metadata_bytes_max)?;
         limit("tensors", u64::from(header.tensors), limits.tensors_max)?;
-        limit(
-            "descriptor bytes",
-            u64::from(header.table_len),
-            u64::from(header.tensors) * crate::descriptor::MAX_BYTES,
-        )?;
+        let (table_len, tensors) = (u64::from(header.table_len), u64::from(header.tensors));
+        limit("descriptor bytes", table_len, tensors * crate::descriptor::MAX_BYTES)?;
+        // Places for the tensors are made before the first descriptor is read: what is announced must be paid for.
+        if table_len < tensors * crate::descriptor::MIN_BYTES {
+            return Err(ProtocolError::TruncatedDescriptors);
+        }
         limit("extension bytes", u64::from(header.ext_len), limits.extension_bytes_max)?;
         let payload_max = if kind == Kind::Chunk { limits.chunk_bytes_max } else { limits.inline_bytes_max };
         limit("payload bytes in one frame", header.payload_len, payload_max)?;
@@ -190,6 +191,7 @@ mod tests {
         assert_eq!(reject(&|h| h.version = 9), ProtocolError::Version { found: 9, supported: 1 });
         assert_eq!(reject(&|h| h.kind = 0), ProtocolError::Kind { found: 0 });
         assert_eq!(reject(&|h| h.reserved = 1), ProtocolError::ReservedBits { kind: Kind::Request });
+        assert_eq!(reject(&|h| h.tensors = 2), ProtocolError::TruncatedDescriptors, "64 bytes are not two descriptors");
         for (change, name) in [
             ((&|h: &mut Header| h.meta_len = u32::MAX) as &dyn Fn(&mut Header), "metadata bytes"),
             (&|h| h.tensors = u16::MAX, "tensors"),
