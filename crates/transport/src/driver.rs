@@ -30,6 +30,8 @@ use rustix::io::Errno;
 use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 use socket2::Socket;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use accept::{Awaited, Parsed, parse_message};
 pub use job::{Job, JobCost, Turn};
 pub(crate) use pool::BEATS_MISSED;
 use pool::{Pool, WATCH_TICK};

@@ -18,6 +18,9 @@ mod driver;
 mod endpoint;
 mod error;
 pub mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod key;
 mod life;
 mod local;

@@ -17,6 +17,8 @@
 //! `server.rs` threads and sockets, `client.rs` the worker's side.
 
 mod client;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod server;
 mod table;
 mod wire;
