@@ -17,7 +17,7 @@ mod wheel;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use steps::{STEPS, Step, TOOLS};
+use steps::{STEPS, TOOLS};
 
 /// How a step ended, when it did not fail.
 enum Outcome {
@@ -37,43 +37,54 @@ type StepResult = Result<Outcome, Failure>;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (first, options) = arguments.split_first().map_or(("help", &[][..]), |(first, rest)| (first.as_str(), rest));
     let command = arguments.join(" ");
-    match (command.as_str(), STEPS.iter().chain(TOOLS).find(|step| step.command == Some(&command))) {
-        ("test", _) => run(STEPS),
-        ("" | "help" | "--help" | "-h", _) => {
-            help();
-            ExitCode::SUCCESS
-        }
-        (_, Some(step)) => run(std::slice::from_ref(step)),
-        (unknown, None) => {
-            println!("there is no `cargo xtask {unknown}`\n");
-            help();
-            ExitCode::from(2)
-        }
+    if command == "test" {
+        let steps: Vec<Work<'_>> =
+            STEPS.iter().map(|step| (step.title, &step.run as &dyn Fn() -> StepResult)).collect();
+        return run(&steps);
     }
+    if let Some(step) = STEPS.iter().find(|step| step.command == Some(&command)) {
+        return run(&[(step.title, &step.run)]);
+    }
+    if let Some(tool) = TOOLS.iter().find(|tool| tool.command == first) {
+        return run(&[(tool.title, &|| (tool.run)(options))]);
+    }
+    let asked = matches!(command.as_str(), "" | "help" | "--help" | "-h");
+    if !asked {
+        println!("there is no `cargo xtask {command}`\n");
+    }
+    help();
+    ExitCode::from(if asked { 0 } else { 2 })
 }
 
 fn help() {
-    println!("usage: cargo xtask COMMAND\n\n  help         this list\n  test         all of the following, in order");
+    println!(
+        "usage: cargo xtask COMMAND\n\n  {:<19}  this list\n  {:<19}  all of the following, in order",
+        "help", "test"
+    );
     for step in STEPS {
-        println!("  {:<11}  {}", step.command.unwrap_or("-"), step.title);
+        println!("  {:<19}  {}", step.command.unwrap_or("-"), step.title);
     }
-    println!("\nnot checks, and not part of `test`:\n");
+    println!("\nnot part of `test`:\n");
     for tool in TOOLS {
-        println!("  {:<11}  {}", tool.command.unwrap_or("-"), tool.title);
+        println!("  {:<19}  {}", tool.command, tool.title);
     }
 }
 
+/// A title, and what to do.
+type Work<'a> = (&'static str, &'a dyn Fn() -> StepResult);
+
 /// Runs `steps` up to the first that fails, and closes with the count.
-fn run(steps: &[Step]) -> ExitCode {
+fn run(steps: &[Work<'_>]) -> ExitCode {
     let start = Instant::now();
     let mut passed = 0;
     let mut skipped = Vec::new();
     let mut failure = None;
-    for (index, step) in steps.iter().enumerate() {
-        println!("\n== {}/{} {}", index + 1, steps.len(), step.title);
+    for (index, (title, work)) in steps.iter().enumerate() {
+        println!("\n== {}/{} {}", index + 1, steps.len(), title);
         let step_start = Instant::now();
-        let outcome = (step.run)();
+        let outcome = work();
         let seconds = step_start.elapsed().as_secs_f64();
         match outcome {
             Ok(Outcome::Passed) => {
@@ -82,11 +93,11 @@ fn run(steps: &[Step]) -> ExitCode {
             }
             Ok(Outcome::Skipped(reason)) => {
                 println!("== skipped after {seconds:.1} s: {reason}");
-                skipped.push((step.title, reason));
+                skipped.push((title, reason));
             }
             Err(error) => {
                 println!("== FAILED after {seconds:.1} s: {}\n   repeat with: {}", error.what, error.repeat);
-                failure = Some(step.title);
+                failure = Some(title);
                 break;
             }
         }

@@ -30,8 +30,16 @@ const OPTIONS: [&str; 2] = ["--fmad=false", "--std=c++17"];
 /// File names in `kernels/ptx` with their texts.
 type Texts = BTreeMap<String, String>;
 
+/// `cargo xtask ptx` writes; `--check` is a step of its own.
+pub(crate) fn run(options: &[String]) -> StepResult {
+    match options {
+        [] => write(),
+        _ => Err(Shell::new("cargo xtask ptx").failure("it takes no option but --check")),
+    }
+}
+
 /// Writes the PTX of every kernel, and removes that of kernels which are gone.
-pub(crate) fn write() -> StepResult {
+fn write() -> StepResult {
     let Some(compiled) = compile()? else { return Ok(Outcome::Skipped(NOT_HERE.to_owned())) };
     let folder = shell::root().join("kernels/ptx");
     let repeat = Shell::new("cargo xtask ptx");

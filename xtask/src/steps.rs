@@ -34,6 +34,7 @@ pub(crate) const STEPS: &[Step] = &[
     },
     Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
+    Step { command: Some(FUZZ_STEP), title: "every decoder against random mutations of stored inputs", run: fuzz },
     Step { command: Some("ptx --check"), title: "the kernels' PTX is what their sources give", run: ptx::check },
     Step { command: Some("budget"), title: "the dependency budget of the `farcall` binary", run: budget },
     Step {
@@ -43,9 +44,18 @@ pub(crate) const STEPS: &[Step] = &[
     },
 ];
 
-/// Commands that write files of the repository.
-pub(crate) const TOOLS: &[Step] =
-    &[Step { command: Some("ptx"), title: "writes the kernels' PTX, after a change of kernels/*.cu", run: ptx::write }];
+/// What is no check, or a check to be tuned.
+pub(crate) struct Tool {
+    pub(crate) command: &'static str,
+    pub(crate) title: &'static str,
+    /// Takes what is typed behind the command.
+    pub(crate) run: fn(&[String]) -> StepResult,
+}
+
+pub(crate) const TOOLS: &[Tool] = &[
+    Tool { command: "ptx", title: "writes the kernels' PTX, after a change of kernels/*.cu", run: ptx::run },
+    Tool { command: "fuzz", title: "mutations for a minute a decoder; OPTIONS as of farcall-fuzz", run: fuzz_with },
+];
 
 /// How long an example or a demo may take; each is meant to take seconds.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
@@ -53,6 +63,12 @@ const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 /// Instructions of one inline call with a small tensor, both ends and all threads, in user space. Measured: 13,314. More
 /// needs a reason in the commit that raises it.
 const INSTRUCTIONS_MAX: u64 = 14_500;
+
+/// The time is for each of six decoders.
+const FUZZ_STEP: &str = "fuzz --seconds 20";
+
+/// How long that may take: an input that hangs is found by this.
+const FUZZ_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a run under callgrind may take.
 const CALLGRIND_LIMIT: Duration = Duration::from_secs(120);
@@ -209,6 +225,23 @@ fn instructions(calls: u64) -> Result<u64, Failure> {
     let profile = fs::read_to_string(&file).map_err(|error| repeat.failure(error.to_string()))?;
     let total = profile.lines().find_map(|line| line.strip_prefix("totals: ")?.trim().parse().ok());
     total.ok_or_else(|| repeat.failure("callgrind wrote no totals"))
+}
+
+fn fuzz() -> StepResult {
+    let options = FUZZ_STEP.split(' ').skip(1);
+    options.fold(farcall_fuzz()?, |program, option| program.arg(option)).run_within(FUZZ_LIMIT)?;
+    Ok(Outcome::Passed)
+}
+
+fn fuzz_with(options: &[String]) -> StepResult {
+    options.iter().fold(farcall_fuzz()?, |program, option| program.arg(option)).run()?;
+    Ok(Outcome::Passed)
+}
+
+/// Optimized, with overflow checks and assertions.
+fn farcall_fuzz() -> Result<Shell, Failure> {
+    Shell::new("cargo build --profile fuzz -p farcall-fuzz").run()?;
+    Ok(Shell::new(&shell::target().join("fuzz/farcall-fuzz").to_string_lossy()))
 }
 
 fn budget() -> StepResult {
