@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::{fs, io};
 
-use crate::Target;
+use crate::{Random, Target};
 
 /// A target's inputs: the golden ones, and those that libFuzzer found to reach something new.
 #[derive(Debug)]
@@ -52,6 +52,14 @@ impl Corpus {
         Ok(golden.len())
     }
 
+    /// An input to change: as often a golden one, most of which decode, as a find, most of which do not.
+    pub(crate) fn one(&self, random: &mut Random) -> &[u8] {
+        let golden = self.inputs.partition_point(|(name, _)| name.as_str() < GOLDEN);
+        let (finds, golden) = self.inputs.split_at(golden);
+        let from = if finds.is_empty() || (!golden.is_empty() && random.below(2) == 0) { golden } else { finds };
+        &random.one_of(from).1
+    }
+
     /// Each with its file's name.
     #[must_use]
     pub fn inputs(&self) -> &[(String, Vec<u8>)] {
@@ -59,7 +67,7 @@ impl Corpus {
     }
 }
 
-/// What the file names of golden inputs start with; the others are named by their content.
+/// What the file names of golden inputs start with; the others are named by their content, in hexadecimal digits.
 const GOLDEN: &str = "golden-";
 
 fn golden(target: &Target) -> Vec<(String, Vec<u8>)> {

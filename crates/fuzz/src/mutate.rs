@@ -83,8 +83,7 @@ const HEADER_BYTES: usize = 64;
 #[must_use]
 pub fn mutate(target: &Target, corpus: &Corpus, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed);
-    let inputs = corpus.inputs();
-    let mut bytes = random.one_of(inputs).1.clone();
+    let mut bytes = corpus.one(&mut random).to_vec();
     for _ in 0..1 + random.below(4) {
         match random.below(if target.framed { 14 } else { 10 }) {
             0 => flip_a_bit(&mut bytes, &mut random),
@@ -94,8 +93,8 @@ pub fn mutate(target: &Target, corpus: &Corpus, seed: u64) -> Vec<u8> {
             5 => insert(&mut bytes, &mut random),
             6 => remove(&mut bytes, &mut random),
             7 => repeat(&mut bytes, &mut random),
-            8 => splice(&mut bytes, &random.one_of(inputs).1.clone(), &mut random),
-            9 => bytes.extend_from_slice(&random.one_of(inputs).1),
+            8 => splice(&mut bytes, corpus.one(&mut random), &mut random),
+            9 => bytes.extend_from_slice(corpus.one(&mut random)),
             _ => set_a_field(&mut bytes, &mut random),
         }
     }
