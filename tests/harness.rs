@@ -115,6 +115,10 @@ impl Group {
                 options.group = name.clone();
                 options.key = key.clone();
                 options.transport = transport();
+                #[cfg(feature = "tls")]
+                if crate::hostile::tls::is_asked_for() {
+                    (options.transport, options.tls) = (Transport::Tcp, Some(crate::hostile::tls::shared()));
+                }
                 change(&mut options);
                 thread::spawn(move || Agent::join_blocking(options))
             })

@@ -10,3 +10,5 @@ mod frames;
 mod greeting;
 pub(crate) mod raw;
 mod session;
+#[cfg(feature = "tls")]
+pub(crate) mod tls;

@@ -22,7 +22,7 @@ fn works(group: &Group) {
 }
 
 fn group(transports: [Transport; 2]) -> Group {
-    Group::with(2, move |options| options.transport = transports[options.rank as usize])
+    Group::with(2, move |options| (options.transport, options.tls) = (transports[options.rank as usize], None))
 }
 
 #[test]

@@ -19,9 +19,21 @@ const END_MAX: Duration = Duration::from_secs(20);
 /// The worker program, a mode of it, and the environment of a launcher.
 pub(crate) fn command(mode: &str, variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_farcall-test-worker"));
-    for inherited in
-        ["RANK", "WORLD_SIZE", "STORE", "NAME", "GROUP", "BIND", "ADVERTISE", "HOST_STORE", "KEY", "KEY_FILE"]
-    {
+    for inherited in [
+        "RANK",
+        "WORLD_SIZE",
+        "STORE",
+        "NAME",
+        "GROUP",
+        "BIND",
+        "ADVERTISE",
+        "HOST_STORE",
+        "KEY",
+        "KEY_FILE",
+        "TLS_CERT",
+        "TLS_KEY",
+        "TLS_CA",
+    ] {
         command.env_remove(format!("FARCALL_{inherited}"));
     }
     command.arg(mode).envs(variables.iter().copied());

@@ -25,6 +25,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("examples"), title: "release build, and every example of crates/farcall", run: examples },
     Step { command: Some("demo"), title: "`farcall demo`, without a word on standard error", run: demo },
     Step { command: Some("tcp"), title: "integration tests over TCP, and without a job key", run: tcp },
+    Step { command: Some("tls"), title: "TLS: its own tests, and what calls must do, encrypted", run: tls },
     Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
     Step { command: Some("cuda"), title: "the CUDA backend against a fake driver", run: cuda },
     Step {
@@ -134,6 +135,14 @@ fn demo() -> StepResult {
 fn tcp() -> StepResult {
     let tests = Shell::new("cargo test -p farcall-tests --test all");
     tests.env("FARCALL_TRANSPORT", "tcp").env("TEST_KEY", "none").run()?;
+    Ok(Outcome::Passed)
+}
+
+fn tls() -> StepResult {
+    Shell::new("cargo clippy -p farcall-tests --features tls --all-targets -- -D warnings").run()?;
+    Shell::new("cargo test -p farcall-tests --features tls --test all -- hostile::tls").run()?;
+    let calls = Shell::new("cargo test -p farcall-tests --features tls --test all -- conformance");
+    calls.env("TEST_TLS", "1").run()?;
     Ok(Outcome::Passed)
 }
 

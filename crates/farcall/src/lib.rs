@@ -14,7 +14,7 @@ pub use farcall_rpc::{
     Result, Stage, To,
 };
 pub use farcall_transport::{
-    self as transport, CloseCause, JobKey, Limits, Route, StoreServer, Transport, WorkerId, WorkerInfo,
+    self as transport, CloseCause, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId, WorkerInfo,
 };
 
 /// What a program that calls and serves functions needs.

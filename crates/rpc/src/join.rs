@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use farcall_device::Runtime;
 use farcall_transport::{
-    Driver, DriverConfig, EmbeddedStore, JobKey, KeyError, Limits, Store, StoreError, StoreLimits, StoreServer,
-    Transport, WorkerId, WorkerInfo, gone_key,
+    Driver, DriverConfig, EmbeddedStore, JobKey, KeyError, Limits, Store, StoreError, StoreLimits, StoreServer, Tls,
+    TlsError, Transport, WorkerId, WorkerInfo, gone_key,
 };
 use tokio::sync::oneshot;
 
@@ -53,6 +53,9 @@ pub struct Options {
     pub advertise: Option<IpAddr>,
     /// Which sockets are used. Default: Unix sockets between workers of one user on one host, else TCP.
     pub transport: Transport,
+    /// A certificate for connections over TCP, which then are encrypted: all workers of the job have one of the same CA.
+    /// Only in builds with the feature `tls`. The store has no TLS: beyond loopback it needs a `key`, too.
+    pub tls: Option<Tls>,
     /// The secret of this job, the same for all its workers: who cannot prove it is refused, by workers and by the store.
     /// Without one everyone on this machine can call this worker.
     pub key: Option<JobKey>,
@@ -96,6 +99,7 @@ impl Options {
             bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             advertise: None,
             transport: Transport::default(),
+            tls: None,
             key: None,
             deadline: Duration::from_secs(60),
             join_timeout: Duration::from_secs(60),
@@ -116,6 +120,8 @@ impl Options {
     /// `FARCALL_RANK`, `FARCALL_WORLD_SIZE` and `FARCALL_STORE` (host:port) must be set; `FARCALL_NAME`,
     /// `FARCALL_GROUP`, `FARCALL_BIND` (address:port), `FARCALL_ADVERTISE` (address), `FARCALL_TRANSPORT` (`auto`, `tcp`
     /// or `unix`) and `FARCALL_HOST_STORE` (0 or 1) may be.
+    ///
+    /// `FARCALL_TLS_CERT`, `FARCALL_TLS_KEY` and `FARCALL_TLS_CA` name PEM files for TLS, all or none of them.
     ///
     /// The job's key comes from `FARCALL_KEY` (hexadecimal digits) or `FARCALL_KEY_FILE` (a file with them that nobody else
     /// can read); `openssl rand -hex 32` makes one. A process's environment can be read by its own user and by root, and by
@@ -163,6 +169,21 @@ impl Options {
             options.transport = parse("FARCALL_TRANSPORT", &transport)?;
         }
         options.key = key_from_variables(&get)?;
+        let files = ["FARCALL_TLS_CERT", "FARCALL_TLS_KEY", "FARCALL_TLS_CA"];
+        options.tls = match files.map(&get) {
+            [None, None, None] => None,
+            [Some(certificate), Some(key), Some(ca)] => {
+                let tls = Tls::from_files(certificate.as_ref(), key.as_ref(), ca.as_ref());
+                let setting = |error: TlsError| JoinError::Setting { variable: files[0], message: error.to_string() };
+                Some(tls.map_err(setting)?)
+            }
+            given => {
+                let missing =
+                    files.iter().zip(&given).find(|(_, given)| given.is_none()).map_or(files[0], |(name, _)| name);
+                let message = format!("not set; TLS needs all of {}", files.join(", "));
+                return Err(JoinError::Setting { variable: missing, message });
+            }
+        };
         if let Some(host) = get("FARCALL_HOST_STORE") {
             options.host_store = match host.as_str() {
                 "0" => false,
@@ -286,6 +307,7 @@ impl Agent {
             key: options.key.clone(),
             advertise,
             transport: options.transport,
+            tls: options.tls.clone(),
         })?;
         for (worker, map) in &options.device_maps {
             let wrong = |message| JoinError::DeviceMap { worker: worker.clone(), message };

@@ -174,6 +174,14 @@ pub(crate) enum Reason {
     WrongKey,
     /// The receiver's process is another user's.
     OtherUser,
+    /// The sender uses TLS, the receiver does not.
+    TlsWanted,
+    /// The sender uses no TLS, the receiver does.
+    NoTls,
+    /// A TLS session ended: a certificate, or the bytes, are refused. Of this process, not from the wire.
+    Certificate,
+    /// The network's side of a TLS session failed. Of this process, too.
+    Unreachable,
 }
 
 impl Goodbye {
@@ -203,6 +211,13 @@ impl Goodbye {
             Reason::NoKey => CloseCause::Auth(AuthError::NoKey { peer: peer() }),
             Reason::WrongKey => CloseCause::Auth(AuthError::WrongKey { peer: peer() }),
             Reason::OtherUser => CloseCause::Auth(AuthError::OtherUser { peer: peer() }),
+            Reason::TlsWanted => CloseCause::Auth(AuthError::TlsWanted { peer: peer() }),
+            Reason::NoTls => CloseCause::Auth(AuthError::NoTls { peer: peer() }),
+            Reason::Certificate => CloseCause::Auth(AuthError::Certificate { peer: peer(), message: self.text }),
+            Reason::Unreachable => {
+                let source = Some(Arc::new(io::Error::other(self.text)));
+                CloseCause::PeerLost { source }
+            }
         }
     }
 }
@@ -215,6 +230,9 @@ impl AuthError {
             Self::KeyWanted { .. } => Reason::NoKey,
             Self::WrongKey { .. } => Reason::WrongKey,
             Self::OtherUser { .. } => Reason::OtherUser,
+            Self::NoTls { .. } => Reason::TlsWanted,
+            Self::TlsWanted { .. } => Reason::NoTls,
+            Self::Certificate { .. } => Reason::Certificate,
         }
     }
 }

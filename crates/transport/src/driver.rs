@@ -40,6 +40,9 @@ use sources::{LINGER, Source, Sources, close_all};
 
 use crate::endpoint::{Endpoint, lock};
 use crate::strangers::Strangers;
+#[cfg(feature = "tls")]
+use crate::tls::Session;
+use crate::tls::Tls;
 use crate::{
     CloseCause, Frame, JobKey, Limits, ProtocolError, Route, TransferError, Transport, WorkerInfo, local, tcp,
 };
@@ -101,6 +104,8 @@ pub struct DriverConfig {
     pub advertise: Option<IpAddr>,
     /// Which sockets are listened on and dialed.
     pub transport: Transport,
+    /// Connections over TCP are encrypted, and both sides show certificates.
+    pub tls: Option<Tls>,
 }
 
 /// See the module.
@@ -175,6 +180,7 @@ impl Driver {
                 Err(error) => return Err(TransferError::os("listen on a Unix socket")(error)),
             }
         }
+        let greetings_max = accept::greetings_max(config.tls.is_some());
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create"))?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(os("eventfd"))?;
         let watchdog =
@@ -189,7 +195,7 @@ impl Driver {
             accept_paused_until: Mutex::new(None),
             service: Mutex::new(None),
             sources: Mutex::default(),
-            strangers: Mutex::new(Strangers::new(accept::greetings_max())),
+            strangers: Mutex::new(Strangers::new(greetings_max)),
             unproven: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
             unflushed: Mutex::default(),
@@ -219,7 +225,7 @@ impl Driver {
 
     fn listen_tcp(config: &mut DriverConfig) -> Result<Socket, TransferError> {
         let address = config.worker.address;
-        if !address.ip().is_loopback() && config.key.is_none() {
+        if !address.ip().is_loopback() && config.key.is_none() && config.tls.is_none() {
             return Err(TransferError::NotLoopback { address });
         }
         if address.ip().is_unspecified() && config.advertise.is_none() {
@@ -258,6 +264,22 @@ impl Driver {
         &self.config
     }
 
+    /// Puts TLS before a TCP socket, dialed if there is an address, if there is to be TLS.
+    #[cfg(feature = "tls")]
+    fn encrypt(&self, socket: Socket, dialed: Option<IpAddr>) -> std::io::Result<Socket> {
+        let Some(tls) = &self.config.tls else { return Ok(socket) };
+        let session = dialed.map_or_else(|| tls.acceptor(), |address| tls.dialer(address));
+        Session::start(self, socket, session.map_err(std::io::Error::other)?, dialed.is_none())
+    }
+
+    #[cfg(not(feature = "tls"))]
+    fn encrypt(&self, socket: Socket, _dialed: Option<IpAddr>) -> std::io::Result<Socket> {
+        match &self.config.tls {
+            None => Ok(socket),
+            Some(never) => match *never {},
+        }
+    }
+
     /// How often TCP was dialed because a Unix socket that should have led there did not.
     pub fn unix_fallbacks(&self) -> u64 {
         self.fallbacks.load(Ordering::Relaxed)
@@ -285,7 +307,7 @@ impl Driver {
             return Err(TransferError::Elsewhere { worker: target.id.clone() });
         }
         let route = Route::Tcp(target.address);
-        match tcp::connect(target.address) {
+        match tcp::connect(target.address).and_then(|socket| self.encrypt(socket, Some(target.address.ip()))) {
             Ok(socket) => Ok((socket, route)),
             Err(error) => Err(TransferError::Connect { route, source: Arc::new(error) }),
         }

@@ -116,6 +116,17 @@ pub enum AuthError {
         "{peer} is another user's; Unix sockets are for one user's workers, FARCALL_TRANSPORT=tcp is for several users"
     )]
     OtherUser { peer: String },
+    /// The peer uses TLS, this worker does not.
+    #[error("{peer} asks for TLS; set FARCALL_TLS_CERT, FARCALL_TLS_KEY and FARCALL_TLS_CA as it has them")]
+    TlsWanted { peer: String },
+    /// This worker uses TLS, the peer does not.
+    #[error(
+        "{peer} does not use TLS, this worker does; set FARCALL_TLS_CERT, FARCALL_TLS_KEY and FARCALL_TLS_CA there"
+    )]
+    NoTls { peer: String },
+    /// A certificate that one of the sides does not take.
+    #[error("{peer}: {message}")]
+    Certificate { peer: String, message: String },
     /// Both have a key, not the same one; or the peer's proof was not made for this connection.
     #[error(
         "{peer} and this worker have different job keys; give all workers the same FARCALL_KEY or FARCALL_KEY_FILE"
@@ -191,7 +202,7 @@ pub enum TransferError {
     Os { call: &'static str, source: Arc<io::Error> },
     /// A bind beyond loopback without a job key.
     #[error(
-        "refusing to listen on {address} without a job key: anyone who reaches it could call this worker; set \
+        "refusing to listen on {address} without a job key or TLS: anyone who reaches it could call this worker; set \
          FARCALL_KEY or FARCALL_KEY_FILE (made by `openssl rand -hex 32`, the same for all workers), or bind to \
          127.0.0.1 or [::1]"
     )]

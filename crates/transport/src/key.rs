@@ -68,7 +68,7 @@ pub enum KeyError {
 impl JobKey {
     /// The fewest bytes of a key.
     pub const BYTES_MIN: usize = 16;
-    const FILE_BYTES_MAX: u64 = 4096;
+    const FILE_BYTES_MAX: u64 = 16 << 10;
 
     /// A key of these bytes, which must be random.
     ///
@@ -109,29 +109,7 @@ impl JobKey {
     /// [`KeyError::Exposed`] when group or others have any access to it, [`KeyError::Owner`] when it is neither this user's
     /// nor root's; else what is wrong with the file or with what it says.
     pub fn from_file(path: &Path) -> Result<Self, KeyError> {
-        let read = |source: io::Error| KeyError::Read { path: path.to_owned(), source };
-        // Not to be kept waiting by a pipe. What is asked and what is read is this descriptor's file, whatever the path
-        // comes to name meanwhile.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| read(error.into()))?;
-        let stat = rustix::fs::fstat(&file).map_err(|error| read(error.into()))?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(KeyError::NotAFile { path: path.to_owned() });
-        }
-        let (mode, own) = (stat.st_mode & 0o777, rustix::process::geteuid().as_raw());
-        if mode & 0o077 != 0 {
-            return Err(KeyError::Exposed { path: path.to_owned(), mode });
-        }
-        if stat.st_uid != own && stat.st_uid != 0 {
-            return Err(KeyError::Owner { path: path.to_owned(), uid: stat.st_uid, own });
-        }
-        let mut text = String::new();
-        let mut file = std::fs::File::from(file).take(Self::FILE_BYTES_MAX + 1);
-        let read_bytes = file.read_to_string(&mut text).map_err(read)?;
-        if read_bytes as u64 > Self::FILE_BYTES_MAX {
-            return Err(KeyError::NotAFile { path: path.to_owned() });
-        }
-        Self::from_hex(&text)
+        Self::from_hex(&read_secret(path)?)
     }
 
     /// The key in hexadecimal digits, for the environment of a child process. Print it nowhere.
@@ -143,6 +121,33 @@ impl JobKey {
     pub(crate) fn secret(&self) -> &[u8] {
         &self.0.0
     }
+}
+
+/// The text of a small file that nobody but this user, or root, can read or write.
+pub(crate) fn read_secret(path: &Path) -> Result<String, KeyError> {
+    let read = |source: io::Error| KeyError::Read { path: path.to_owned(), source };
+    // Not to be kept waiting by a pipe. What is asked and what is read is this descriptor's file, whatever the path
+    // comes to name meanwhile.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| read(error.into()))?;
+    let stat = rustix::fs::fstat(&file).map_err(|error| read(error.into()))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(KeyError::NotAFile { path: path.to_owned() });
+    }
+    let (mode, own) = (stat.st_mode & 0o777, rustix::process::geteuid().as_raw());
+    if mode & 0o077 != 0 {
+        return Err(KeyError::Exposed { path: path.to_owned(), mode });
+    }
+    if stat.st_uid != own && stat.st_uid != 0 {
+        return Err(KeyError::Owner { path: path.to_owned(), uid: stat.st_uid, own });
+    }
+    let mut text = String::new();
+    let mut file = std::fs::File::from(file).take(JobKey::FILE_BYTES_MAX + 1);
+    let read_bytes = file.read_to_string(&mut text).map_err(read)?;
+    if read_bytes as u64 > JobKey::FILE_BYTES_MAX {
+        return Err(KeyError::NotAFile { path: path.to_owned() });
+    }
+    Ok(text)
 }
 
 /// Fresh random bytes.
@@ -211,7 +216,7 @@ mod tests {
             assert!(error.contains(&format!("mode {mode:o}")) && error.contains("chmod 600"), "{error}");
         }
         assert!(matches!(with("neither", 0o600), Err(KeyError::NotHex)));
-        assert!(matches!(with(&"00".repeat(2049), 0o600), Err(KeyError::NotAFile { .. })));
+        assert!(matches!(with(&"00".repeat(8193), 0o600), Err(KeyError::NotAFile { .. })));
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(JobKey::from_file(&path), Err(KeyError::Read { .. })));
         // A pipe that nobody writes to must not be waited for.

@@ -28,6 +28,12 @@ mod receive;
 mod store;
 mod strangers;
 mod tcp;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "tls/none.rs"]
+mod tls;
+mod tls_error;
 
 pub use address::{Limits, Route, WorkerId, WorkerInfo};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
@@ -38,3 +44,5 @@ pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
 pub use receive::{Frame, Unanswered};
 pub use store::*;
+pub use tls::Tls;
+pub use tls_error::TlsError;

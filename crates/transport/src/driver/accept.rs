@@ -75,10 +75,11 @@ impl Greeting {
     }
 }
 
-/// How many connections may be in their greeting: a quarter of the descriptors, so that a flood leaves some to the rest.
-pub(super) fn greetings_max() -> usize {
+/// How many connections may be in their greeting: of a quarter of the descriptors, so that a flood leaves some to the rest.
+pub(super) fn greetings_max(tls: bool) -> usize {
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    descriptors.map_or(GREETINGS_MAX, |descriptors| (descriptors / 4).clamp(1, GREETINGS_MAX as u64) as usize)
+    let each = if tls { 3 } else { 1 };
+    descriptors.map_or(GREETINGS_MAX, |descriptors| (descriptors / 4 / each).clamp(1, GREETINGS_MAX as u64) as usize)
 }
 
 impl Driver {
@@ -117,6 +118,15 @@ impl Driver {
         let other_user = match from.is_unix().then(|| local::other_user(&socket)).transpose() {
             Ok(other_user) => other_user.flatten(),
             Err(error) => Some(format!("a process that the kernel does not name ({error})")),
+        };
+        // Behind TLS the stranger is the other end of a pair; what is limited and timed is the same.
+        let socket = match from.is_unix() {
+            true => Ok(socket),
+            false => self.encrypt(socket, None),
+        };
+        let socket = match socket.and_then(|socket| tcp::prepare(&socket).map(|()| socket)) {
+            Ok(socket) => socket,
+            Err(error) => return tracing::debug!(%error, "TLS"),
         };
         let registration = self.register(socket);
         let from = from.as_socket().map(|address| address.ip());
@@ -170,6 +180,11 @@ impl Driver {
             let mut state = lock(&greeting.state);
             let Some(message) = self.read_message(greeting, &mut state)? else { return Ok(()) };
             match std::mem::replace(&mut state.phase, Phase::Over) {
+                Phase::Hello if message.kind == Kind::Close => {
+                    let goodbye: Goodbye = read_greeting("goodbye", message.metadata())?;
+                    self.count_refusal(&goodbye.cause(|| "a stranger".to_owned()));
+                    return Err(CloseCause::PeerLost { source: None });
+                }
                 Phase::Hello => {
                     let hello: Hello = read_greeting("hello", message.metadata())?;
                     let Some((acceptor, challenge)) = self.challenge(&hello, &message.bytes)? else {
@@ -200,11 +215,16 @@ impl Driver {
     fn read_message(&self, greeting: &Greeting, state: &mut State) -> Result<Option<Message>, CloseCause> {
         let State { bytes, phase } = state;
         let awaited = match phase {
+            // A hello's place is taken by a goodbye when TLS ended.
+            Phase::Hello if self.config.tls.is_some() => Awaited::HelloOrClose,
             Phase::Hello => Awaited::Hello,
             Phase::Proof(..) => Awaited::Proof,
             Phase::Over => return Ok(None),
         };
         loop {
+            if let Some([0x16, 3, ..]) = bytes.first_chunk::<4>() {
+                return Err(CloseCause::Auth(AuthError::TlsWanted { peer: "a stranger".to_owned() }));
+            }
             let want = match parse_message(bytes, awaited, &self.config.limits)? {
                 Parsed::Wants(want) => want,
                 Parsed::Message { kind, metadata } => {
@@ -341,6 +361,8 @@ impl Driver {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Awaited {
     Hello,
+    /// Behind TLS, whose end says by a goodbye why there is no hello.
+    HelloOrClose,
     Proof,
 }
 
@@ -371,6 +393,9 @@ pub(crate) fn parse_message<'a>(
     let (header, kind) = Header::parse(head, limits)?;
     let (fits, expected, what, bytes_max) = match awaited {
         Awaited::Hello => (kind == Kind::Hello, "a hello", "hello bytes", HELLO_BYTES_MAX),
+        Awaited::HelloOrClose => {
+            (matches!(kind, Kind::Hello | Kind::Close), "a hello", "hello bytes", HELLO_BYTES_MAX)
+        }
         Awaited::Proof => {
             (matches!(kind, Kind::Proof | Kind::Close), "a proof of the job key", "proof bytes", PROOF_BYTES_MAX)
         }

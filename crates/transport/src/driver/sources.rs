@@ -17,6 +17,7 @@ use super::accept::Greeting;
 use super::{Driver, Turn, WATCH_TICK};
 use crate::endpoint::{Endpoint, lock};
 use crate::tcp::{self, Progress};
+use crate::tls::Session;
 use crate::{CloseCause, ProtocolError, TransferError};
 
 /// How long a closed connection is read on, so that the goodbye is not lost to a reset.
@@ -28,6 +29,9 @@ pub(super) enum Source {
     Control(Arc<Endpoint>),
     Bulk(Arc<Endpoint>, Registration),
     Draining(Registration, Instant),
+    /// Either socket of a TLS session.
+    #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "there are none without TLS"))]
+    Session(Arc<Session>),
 }
 
 /// What the sockets in the epoll set belong to.
@@ -164,6 +168,16 @@ impl Driver {
         !sources.is_empty()
     }
 
+    #[cfg(feature = "tls")]
+    pub(crate) fn add_session(
+        &self,
+        session: &Arc<Session>,
+        registration: &Registration,
+        flags: EventFlags,
+    ) -> Result<(), TransferError> {
+        self.add(registration, flags, Source::Session(Arc::clone(session)))
+    }
+
     pub(crate) fn add_bulk(
         &self,
         endpoint: &Arc<Endpoint>,
@@ -179,6 +193,12 @@ impl Driver {
         lock(&self.strangers).leave(registration.0.token);
         // Already gone from the set when the endpoint never got into it.
         let _ = epoll::delete(&self.epoll, registration.socket());
+    }
+
+    /// Without the registration: its sockets end with the last who holds them.
+    fn forget(&self, token: u64) {
+        let source = lock(&self.sources).by_token.remove(&token);
+        drop(source);
     }
 
     pub(crate) fn forget_key(&self, key: u128) {
@@ -208,6 +228,7 @@ impl Driver {
             Some(Source::Bulk(endpoint, registration)) if endpoint.closed().is_some() => self.remove(&registration),
             Some(Source::Bulk(endpoint, _)) => endpoint.on_bulk_event(flags, turn),
             Some(Source::Greeting(greeting)) => self.on_greeting_event(&greeting),
+            Some(Source::Session(session)) => session.on_event(self),
             Some(Source::Draining(registration, _)) => {
                 // A late wish to write would be granted for ever.
                 registration.want(self, EventFlags::OUT, false);
@@ -234,6 +255,8 @@ impl Driver {
                 }
                 Some(Source::Greeting(greeting)) => self.remove(&greeting.registration),
                 Some(Source::Draining(registration, _)) => self.remove(&registration),
+                // Its endpoint hears of it by its socket's end.
+                Some(Source::Session(_)) => self.forget(token),
                 None => {}
             }
         }
@@ -272,6 +295,7 @@ impl Driver {
                     None
                 }
                 Source::Draining(_, until) => Some(*until),
+                Source::Session(session) => session.on_timer(self, now),
             };
             if let Some(next) = next {
                 self.next_timer_us.fetch_min(self.micros(next), Ordering::SeqCst);
