@@ -4,4 +4,4 @@ mod death;
 mod descriptors;
 mod joining;
 mod leaving;
-mod spawn;
+pub(crate) mod spawn;

@@ -14,8 +14,9 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose
 use rustls::pki_types::ServerName;
 use rustls::pki_types::pem::PemObject;
 
-use crate::functions::{add, hash, pattern};
+use crate::functions::{add, arrived, hash, hold, hold_there, open, pattern};
 use crate::harness::{Group, bounded, step, unique};
+use crate::processes::spawn::Processes;
 
 use super::raw::{RawPeer, assert_says, control, hello};
 
@@ -67,11 +68,15 @@ impl Ca {
         (certificate.pem(), key.serialize_pem())
     }
 
-    /// What a worker has: such a certificate, believing in `ca`.
-    fn worker(&self, until: i32, ca: &Self) -> Tls {
+    /// What a worker has: such a certificate, its key, and the CA it believes in.
+    fn files(&self, until: i32, ca: &Self) -> [PathBuf; 3] {
         let (certificate, key) = self.certificate(until);
-        let [certificate, key] = [self.file("certificate", &certificate), self.file("key", &key)];
-        Tls::from_files(&certificate, &key, &self.file("ca", &ca.pem)).expect("good files")
+        [self.file("certificate", &certificate), self.file("key", &key), self.file("ca", &ca.pem)]
+    }
+
+    fn worker(&self, until: i32, ca: &Self) -> Tls {
+        let [certificate, key, ca] = self.files(until, ca);
+        Tls::from_files(&certificate, &key, &ca).expect("good files")
     }
 }
 
@@ -183,6 +188,44 @@ fn certificates_that_are_not_the_jobs_are_refused_by_either_side() {
             assert_eq!(peer, "w1");
             assert!(message.contains(expected), "{what}: {message}");
         }
+    });
+}
+
+/// For as long as a call waits for w1, w1 takes no processor time to speak of.
+fn sleeps(processes: &Processes, agent: &Agent, key: &str) {
+    let before = processes.worker(1).processor_time();
+    let error = agent.to("w1").deadline(Duration::from_millis(1500)).call(hold, (key,)).wait();
+    assert!(matches!(error, Err(CallError::Deadline { .. })), "{error:?}");
+    let took = processes.worker(1).processor_time() - before;
+    println!("{took:?} of 1.5 s");
+    assert!(took < Duration::from_millis(300), "{took:?} of 1.5 s");
+}
+
+/// A session that has nothing to do takes no processor time, nor does one whose peer is dead.
+#[test]
+fn a_session_that_waits_sleeps() {
+    bounded(|| {
+        let ca = Ca::new();
+        let files = ca.files(2100, &ca);
+        let names = ["FARCALL_TLS_CERT", "FARCALL_TLS_KEY", "FARCALL_TLS_CA"];
+        let mut variables: Vec<(&str, &str)> =
+            names.into_iter().zip(files.iter().map(|file| file.to_str().expect("UTF-8"))).collect();
+        variables.push(("FARCALL_TRANSPORT", "tcp"));
+        let mut processes = Processes::start(&[None, Some("serve"), Some("serve")], &variables);
+        let agent = processes.join(|options| {
+            (options.transport, options.tls) = (Transport::Tcp, Some(ca.worker(2100, &ca)));
+        });
+        let key = unique("tls");
+        // w1 has connections from here and to w2, with calls that wait.
+        let elsewhere = agent.to("w1").call(hold_there, ("w2", &key));
+        assert!(agent.to("w2").call(arrived, (&key, 1)).wait().expect("w2 lives"));
+        sleeps(&processes, &agent, &key);
+        processes.kill(2);
+        let text = elsewhere.wait().expect("w1 lives");
+        assert!(text.contains("lost w2"), "{text}");
+        sleeps(&processes, &agent, &key);
+        agent.to("w1").call(open, (&key,)).wait().expect("w1 lives");
+        processes.shutdown(&agent);
     });
 }
 

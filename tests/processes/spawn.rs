@@ -112,6 +112,16 @@ impl Process {
         pages * rustix::param::page_size() as u64
     }
 
+    /// Processor time that it has taken, in user and in kernel mode.
+    #[cfg(feature = "tls")]
+    pub(crate) fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("a live process");
+        // The fields after the command's name, which may hold spaces: state is field 3, utime and stime are 14 and 15.
+        let fields = stat.rsplit_once(") ").expect("a name").1.split(' ');
+        let ticks: u64 = fields.skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
+        Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
+    }
+
     /// Open descriptors.
     pub(crate) fn descriptors(&self) -> usize {
         let directory = PathBuf::from(format!("/proc/{}/fd", self.child.id()));
