@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use farcall::prelude::*;
 use farcall::transport::AuthError;
-use farcall::{CloseCause, JobKey, Tls, Transport};
+use farcall::{CloseCause, JobKey, Route, Tls, Transport};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use rustls::pki_types::ServerName;
 use rustls::pki_types::pem::PemObject;
@@ -197,7 +197,6 @@ fn sleeps(processes: &Processes, agent: &Agent, key: &str) {
     let error = agent.to("w1").deadline(Duration::from_millis(1500)).call(hold, (key,)).wait();
     assert!(matches!(error, Err(CallError::Deadline { .. })), "{error:?}");
     let took = processes.worker(1).processor_time() - before;
-    println!("{took:?} of 1.5 s");
     assert!(took < Duration::from_millis(300), "{took:?} of 1.5 s");
 }
 
@@ -226,6 +225,20 @@ fn a_session_that_waits_sleeps() {
         sleeps(&processes, &agent, &key);
         agent.to("w1").call(open, (&key,)).wait().expect("w1 lives");
         processes.shutdown(&agent);
+    });
+}
+
+#[test]
+fn a_worker_that_is_not_there_is_a_refused_connection() {
+    bounded(|| {
+        let ca = Ca::new();
+        let group = group(None, [0, 1].map(|_| Some(ca.worker(2100, &ca))));
+        group.agents[1].abort();
+        let error = group.agents[0].to("w1").call(add, (2, 3)).wait();
+        let Err(CallError::PeerLost { cause, .. }) = &error else { panic!("{error:?}") };
+        assert!(matches!(&**cause, CloseCause::Connect { route: Route::Tcp(_), .. }), "{cause:?}");
+        assert_says(&cause.to_string(), "Connection refused");
+        group.agents[0].abort();
     });
 }
 

@@ -33,7 +33,7 @@ use bulk::{Bulk, BulkLink, BulkRx, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
 pub(crate) use encode::{encode_frame, encoded, greeting, read_greeting, write_greeting};
 
-use crate::address::{Goodbye, Hello, Role, Welcome};
+use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
 use crate::auth::{Acceptor, Dialer};
 use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
@@ -464,7 +464,12 @@ impl Endpoint {
         match frame.kind {
             Kind::Close => {
                 let goodbye: Goodbye = read_greeting("goodbye", &frame.metadata)?;
-                return Err(goodbye.cause(|| self.peer_text()));
+                return Err(match (goodbye.reason, self.route()) {
+                    (Reason::Unreachable, Some(route)) => {
+                        CloseCause::Connect { route: route.clone(), source: Arc::new(io::Error::other(goodbye.text)) }
+                    }
+                    _ => goodbye.cause(|| self.peer_text()),
+                });
             }
             Kind::Challenge if status == Status::Greeting => self.on_challenge(&frame.metadata)?,
             Kind::Welcome if status == Status::Greeting => self.on_welcome(&frame)?,
