@@ -393,9 +393,7 @@ pub(crate) fn parse_message<'a>(
     let (header, kind) = Header::parse(head, limits)?;
     let (fits, expected, what, bytes_max) = match awaited {
         Awaited::Hello => (kind == Kind::Hello, "a hello", "hello bytes", HELLO_BYTES_MAX),
-        Awaited::HelloOrClose => {
-            (matches!(kind, Kind::Hello | Kind::Close), "a hello", "hello bytes", HELLO_BYTES_MAX)
-        }
+        Awaited::HelloOrClose => (matches!(kind, Kind::Hello | Kind::Close), "a hello", "hello bytes", HELLO_BYTES_MAX),
         Awaited::Proof => {
             (matches!(kind, Kind::Proof | Kind::Close), "a proof of the job key", "proof bytes", PROOF_BYTES_MAX)
         }
