@@ -168,8 +168,9 @@ fn a_hello_longer_than_any_is_refused_before_it_is_read() {
 fn a_hello_with_tensors_or_payload_is_refused() {
     refused(|target| {
         let hello = hello(target.group_name(), &control(None));
-        let why = "Hello frame where a hello is expected".to_owned();
-        vec![(hello.patched(28, &[1, 0]), why.clone()), (hello.patched(32, &[1, 0]), why)]
+        let tensors = "the frame ends inside its tensor descriptors".to_owned();
+        let payload = "Hello frame where a hello is expected".to_owned();
+        vec![(hello.patched(28, &[1, 0]), tensors), (hello.patched(32, &[1, 0]), payload)]
     });
 }
 
