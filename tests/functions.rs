@@ -149,6 +149,40 @@ pub(crate) fn leave_an_heir() -> Result<u32> {
     Ok(heir.id())
 }
 
+/// Forks this process. The child tries all that an agent offers, then lives on; gives its id, and what it found.
+#[farcall::function(name = "test::fork")]
+#[expect(unsafe_code, reason = "a fork")]
+pub(crate) fn fork(cx: &Call, key: String) -> Result<(i32, String)> {
+    use std::io::{Read, Write};
+    let (mut there, mut here) = std::os::unix::net::UnixStream::pair()?;
+    let waiting = cx.agent().to("w0").call(hold, (&key,));
+    // SAFETY: the child runs what follows on its only thread, and never returns from here.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        drop(here);
+        let mut found = Vec::new();
+        let mut see =
+            |what: &str, refused: bool| found.push(format!("{what}: {}", if refused { "refused" } else { "?" }));
+        see("wait", matches!(waiting.wait(), Err(CallError::ForkedProcess { .. })));
+        see("call", matches!(cx.agent().to("w0").call(add, (1, 2)).wait(), Err(CallError::ForkedProcess { .. })));
+        see("shutdown", matches!(cx.agent().shutdown_blocking(), Err(farcall::JoinError::ForkedProcess)));
+        see("join", matches!(Agent::join_blocking(Options::new(0, 1, "")), Err(farcall::JoinError::ForkedProcess)));
+        cx.agent().abort();
+        drop(cx.agent().clone());
+        // The parent sees the end of the pipe when this has been written.
+        let _ = there.write_all(found.join(", ").as_bytes());
+        drop(there);
+        std::thread::sleep(PATIENCE);
+        // SAFETY: ends the child, and runs nothing of the parent's.
+        unsafe { libc::_exit(0) };
+    }
+    drop(there);
+    let mut found = String::new();
+    here.read_to_string(&mut found)?;
+    gate(&key).open();
+    Ok((child, found))
+}
+
 /// Computes for so many milliseconds.
 #[farcall::function(name = "test::spin")]
 pub(crate) fn spin(millis: u64) -> bool {

@@ -21,7 +21,7 @@ fn half_open_connections_stand_in_nobodys_way_and_end() {
         step("the worker's patience with those who do not say hello");
         let took = timed(|| {
             for peer in &mut silent {
-                assert_says(&peer.close_text(), "no complete hello within 1.9s");
+                assert_says(&peer.close_text(), "no complete hello within 1.6s");
             }
         });
         assert!(took < REFUSED_WITHIN, "{took:?}");
@@ -45,7 +45,7 @@ fn a_hello_that_stalls_is_refused_in_time() {
             .into();
         let took = timed(|| {
             for peer in &mut stalled {
-                assert_says(&peer.close_text(), "no complete hello within 1.9s");
+                assert_says(&peer.close_text(), "no complete hello within 1.6s");
             }
         });
         assert!(took < REFUSED_WITHIN, "{took:?}");
@@ -66,7 +66,7 @@ fn a_hello_that_trickles_is_refused_in_time() {
             while peer.peek(Duration::from_millis(100)).is_none() {
                 peer.send(bytes.next().expect("the refusal comes before the hello's end"));
             }
-            assert_says(&peer.close_text(), "no complete hello within 1.9s");
+            assert_says(&peer.close_text(), "no complete hello within 1.6s");
         });
         assert!(took < REFUSED_WITHIN, "{took:?}");
         target.serves_others();

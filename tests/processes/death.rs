@@ -8,7 +8,7 @@ use farcall::{CloseCause, Stage};
 use rustix::process::Signal;
 
 use crate::functions::{
-    add, arrived, hash, hold, hold_there, keep_mib, leave_an_heir, open, pattern, pattern_there, quit, spin,
+    add, arrived, fork, hash, hold, hold_there, keep_mib, leave_an_heir, open, pattern, pattern_there, quit, spin,
     spin_inline,
 };
 use crate::harness::{block_on, bounded, eventually, step, unique};
@@ -224,6 +224,24 @@ fn a_death_is_told_at_once_though_a_child_holds_the_sockets() {
         assert!(told < DIED_WITHIN, "{told:?}");
         let heir = rustix::process::Pid::from_raw(heir as i32).expect("a process");
         rustix::process::kill_process(heir, Signal::KILL).expect("it lives on");
+        processes.kill(1);
+        processes.shutdown(&agent);
+    });
+}
+
+/// FORK: the child has no agent, and holds no connection of its parent, whose death is seen by any socket.
+#[test]
+fn a_forked_child_is_refused_and_keeps_no_connection() {
+    bounded(|| {
+        let (mut processes, agent) = Processes::serving_over_tcp(2);
+        let (child, found) = agent.to("w1").call(fork, (unique("fork"),)).wait().expect("a fork");
+        assert_eq!(found, "wait: refused, call: refused, shutdown: refused, join: refused");
+        assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("the parent goes on"), 5);
+        let told = told_of_death(&mut processes, &agent, 1);
+        println!("told within {told:?}");
+        assert!(told < DIED_WITHIN, "{told:?}");
+        let child = rustix::process::Pid::from_raw(child).expect("a process");
+        rustix::process::kill_process(child, Signal::KILL).expect("it lives on");
         processes.kill(1);
         processes.shutdown(&agent);
     });

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use farcall_device::Runtime;
 use farcall_device::codec::encode;
 use farcall_transport::{
-    CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo,
+    CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo, is_forked_child,
 };
 use tokio::runtime::Handle;
 
@@ -233,6 +233,10 @@ impl Inner {
 
     /// Closes everything, whatever is in flight. Idempotent.
     pub(crate) fn stop(&self, wait: Duration) {
+        if is_forked_child() {
+            // Threads and sockets are the parent's, and so may be the locks (FORK).
+            return;
+        }
         self.closed.store(true, Ordering::SeqCst);
         let local = lock(&self.local).take_all();
         for slot in local {
@@ -248,6 +252,13 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if is_forked_child() {
+            // Their ends wait for threads that are the parent's.
+            let group = self.group.take();
+            let runtime = self.runtime_own.get_mut().ok().and_then(Option::take);
+            std::mem::forget((group, runtime, Arc::clone(&self.driver)));
+            return;
+        }
         self.stop(DROP_WAIT);
     }
 }
@@ -365,6 +376,10 @@ impl To<'_> {
         };
         let worker = Arc::clone(&agent.routes()[rank as usize].info.id.name);
         let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, deadline);
+        if is_forked_child() {
+            slot.complete(Err(CallError::ForkedProcess { call: slot.id.clone() }));
+            return Reply::new(slot, None);
+        }
         if agent.closed.load(Ordering::SeqCst) {
             slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
             return Reply::new(slot, None);

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use farcall_device::codec::decode;
 use farcall_device::{DeviceFuture, Encoded, Fences, Ready, Storages, Stream};
-use farcall_transport::Endpoint;
+use farcall_transport::{Endpoint, is_forked_child};
 use serde::de::DeserializeOwned;
 
 use crate::agent::Inner;
@@ -112,6 +112,9 @@ impl Slot {
 
     /// Nobody waits for the value any more: whoever works on it is told. Nothing, if there is an outcome.
     pub(crate) fn cancel(&self) {
+        if is_forked_child() {
+            return;
+        }
         if !self.complete(Err(CallError::Cancelled { call: self.id.clone() })) {
             return;
         }
@@ -149,6 +152,9 @@ impl Slot {
     }
 
     fn poll(&self, waker: &Waker) -> Poll<Result<Encoded, CallError>> {
+        if is_forked_child() {
+            return Poll::Ready(Err(CallError::ForkedProcess { call: self.id.clone() }));
+        }
         let mut state = lock(&self.state);
         match &mut *state {
             State::Waiting(old) => {
@@ -249,6 +255,10 @@ impl<T: DeserializeOwned> Reply<T> {
     }
 
     fn wait_encoded(&self) -> Result<Encoded, CallError> {
+        if is_forked_child() {
+            // Whoever was to bring the reply is a thread of the parent.
+            return Err(CallError::ForkedProcess { call: self.slot.id.clone() });
+        }
         if self.slot.is_done() {
             return self.slot.park(|| Stage::Waiting);
         }

@@ -171,6 +171,11 @@ pub enum CallError {
     /// This agent shuts down.
     #[error("{call}: this agent has shut down")]
     ShutDown { call: CallId },
+    /// This process was forked from one that had joined: it has no agent.
+    #[error(
+        "{call}: this process was forked from one that uses farcall; start a program of its own (exec) to join a group"
+    )]
+    ForkedProcess { call: CallId },
     /// A value on a device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -184,6 +189,9 @@ pub enum JoinError {
     /// A setting is missing or cannot be read.
     #[error("{variable}: {message}")]
     Setting { variable: &'static str, message: String },
+    /// This process was forked from one that had joined: it has no agent, and cannot join.
+    #[error("this process was forked from one that uses farcall; start a program of its own (exec) to join a group")]
+    ForkedProcess,
     /// Two registered functions have one name.
     #[error("two functions are named {name}; give one of them `name = \"…\"`")]
     DuplicateFunction { name: &'static str },

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use farcall_device::Runtime;
 use farcall_transport::{
     Driver, DriverConfig, EmbeddedStore, JobKey, KeyError, Limits, Store, StoreError, StoreLimits, StoreServer, Tls,
-    TlsError, Transport, WorkerId, WorkerInfo, gone_key,
+    TlsError, Transport, WorkerId, WorkerInfo, gone_key, is_forked_child,
 };
 use tokio::sync::oneshot;
 
@@ -63,7 +63,7 @@ pub struct Options {
     pub deadline: Duration,
     /// How long joining may take. Default 60 s.
     pub join_timeout: Duration,
-    /// How long a connection to another worker may take, its welcome included. Default 1.9 s.
+    /// How long a connection to another worker may take, its welcome included. Default 1.6 s.
     pub connect_timeout: Duration,
     /// How long another worker may be silent until it counts as lost; pings are sent four times as often. The same on all
     /// workers. Default 1.6 s.
@@ -103,7 +103,7 @@ impl Options {
             key: None,
             deadline: Duration::from_secs(60),
             join_timeout: Duration::from_secs(60),
-            connect_timeout: Duration::from_millis(1900),
+            connect_timeout: Duration::from_millis(1600),
             peer_timeout: Duration::from_millis(1600),
             shutdown_timeout: Duration::from_secs(60),
             handlers_max: 1024,
@@ -271,6 +271,9 @@ impl Agent {
     /// # Errors
     /// As [`Agent::join`].
     pub fn join_blocking(options: Options) -> Result<Self, JoinError> {
+        if is_forked_child() {
+            return Err(JoinError::ForkedProcess);
+        }
         options.check()?;
         let registry = options.registry.clone().unwrap_or_else(Registry::collected);
         registry.check()?;
@@ -378,6 +381,9 @@ impl Agent {
     }
 
     fn leave(&self, deadline: Option<Instant>) -> Result<(), JoinError> {
+        if is_forked_child() {
+            return Err(JoinError::ForkedProcess);
+        }
         let inner = self.inner();
         let Some(group) = inner.group.get() else { return Ok(()) };
         if inner.left.swap(true, Ordering::SeqCst) {

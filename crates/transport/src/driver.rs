@@ -39,6 +39,7 @@ pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
 
 use crate::endpoint::{Endpoint, lock};
+use crate::fork::{Kept, is_forked_child};
 use crate::strangers::Strangers;
 #[cfg(feature = "tls")]
 use crate::tls::Session;
@@ -111,6 +112,7 @@ pub struct DriverConfig {
 /// See the module.
 pub struct Driver {
     config: DriverConfig,
+    _kept: [Kept; 3],
     epoll: OwnedFd,
     wake: OwnedFd,
     watchdog: OwnedFd,
@@ -188,6 +190,7 @@ impl Driver {
         epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN).map_err(os("epoll_ctl"))?;
         Ok(Arc::new(Self {
             config,
+            _kept: [Kept::new(&epoll), Kept::new(&wake), Kept::new(&watchdog)],
             epoll,
             wake,
             watchdog,
@@ -318,6 +321,10 @@ impl Driver {
     /// Blocks until the threads have ended, at most for `timeout`: a handler that goes on keeps its thread until it
     /// returns. Called from a job, it waits for the other threads. Idempotent.
     pub fn stop(self: &Arc<Self>, timeout: Duration) {
+        if is_forked_child() {
+            // The threads are the parent's, and so may be the locks.
+            return;
+        }
         let deadline = Instant::now() + timeout;
         // Nobody may dial in any more: a backlog would keep the dialers waiting.
         for listener in &self.listeners {

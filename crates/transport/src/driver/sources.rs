@@ -16,6 +16,7 @@ use socket2::Socket;
 use super::accept::Greeting;
 use super::{Driver, Turn, WATCH_TICK};
 use crate::endpoint::{Endpoint, lock};
+use crate::fork::Kept;
 use crate::tcp::{self, Progress};
 use crate::tls::Session;
 use crate::{CloseCause, ProtocolError, TransferError};
@@ -74,6 +75,7 @@ pub(super) fn close_all(sources: Vec<Source>) {
 pub(crate) struct Registration(pub(super) Arc<RegistrationInner>);
 
 pub(super) struct RegistrationInner {
+    _kept: Kept,
     token: u64,
     socket: Socket,
     pub(super) interest: Mutex<EventFlags>,
@@ -81,7 +83,12 @@ pub(super) struct RegistrationInner {
 
 impl Registration {
     pub(super) fn new(token: u64, socket: Socket) -> Self {
-        Self(Arc::new(RegistrationInner { token, socket, interest: Mutex::new(EventFlags::empty()) }))
+        Self(Arc::new(RegistrationInner {
+            _kept: Kept::new(&socket),
+            token,
+            socket,
+            interest: Mutex::new(EventFlags::empty()),
+        }))
     }
 
     pub(crate) fn socket(&self) -> &Socket {
