@@ -70,6 +70,7 @@ mod sync;
 mod tensor;
 #[cfg(test)]
 mod testing;
+pub mod units;
 mod waiter;
 
 pub use checker::{Access, Check, Race};

@@ -7,10 +7,10 @@ use crate::checker::{self, Race};
 use crate::cpu::Engine;
 use crate::cuda::{self, Context, Driver, Kind, Pool, Unavailable};
 use crate::pool::{HostPool, PoolStats};
-use crate::{Check, CpuMode, Device, DeviceError, StorageMut, Stream};
+use crate::{Check, CpuMode, Device, DeviceError, StorageMut, Stream, units};
 
 /// What a [`Runtime`] is made with. The default reads no environment; [`Config::from_env`] does.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {
     /// Bytes of unused large slabs that stay mapped for reuse; by default a quarter of the cgroup's or machine's memory.
     pub idle_bytes_max: Option<usize>,
@@ -41,7 +41,8 @@ impl Config {
     /// - `FARCALL_CPU_STREAMS=inline|threads:SEED|chaos:SEED` sets [`Config::cpu`];
     /// - `FARCALL_CUDA=auto|off|require` sets [`Config::cuda`];
     /// - `FARCALL_DEVICES=emulated:N` has N devices emulated, which are `cuda:0` and so on, and take the place of real ones;
-    /// - `FARCALL_CHECK=off|report|panic` sets [`Config::check`]; without it, streams that are not inline are checked.
+    /// - `FARCALL_CHECK=off|report|panic` sets [`Config::check`]; without it, streams that are not inline are checked;
+    /// - `FARCALL_IDLE_BYTES` (such as `4GiB`) sets [`Config::idle_bytes_max`].
     ///
     /// # Errors
     /// [`DeviceError::InvalidSetting`].
@@ -49,7 +50,11 @@ impl Config {
         Self::from_variables(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
     }
 
-    fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, DeviceError> {
+    /// As [`Config::from_env`], with variables from elsewhere: `variable` is asked for each, by name.
+    ///
+    /// # Errors
+    /// [`DeviceError::InvalidSetting`].
+    pub fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Self, DeviceError> {
         fn set<T>(
             variable: impl Fn(&str) -> Option<String>,
             name: &'static str,
@@ -93,6 +98,8 @@ impl Config {
         })? {
             config.check = check;
         }
+        let idle_bytes = |value: &str| usize::try_from(units::parse_bytes(value)?).ok();
+        config.idle_bytes_max = set(&variable, "FARCALL_IDLE_BYTES", units::BYTES, idle_bytes)?;
         Ok(config)
     }
 }
@@ -436,15 +443,17 @@ mod tests {
         let set = config(&[("FARCALL_CPU_STREAMS", "threads:0"), ("FARCALL_CHECK", "off")]).unwrap();
         assert_eq!((set.cpu, set.check), (CpuMode::Threads { seed: 0 }, Check::Off));
         assert_eq!(config(&[("FARCALL_CPU_STREAMS", "")]).unwrap().cpu, CpuMode::Inline);
+        assert_eq!(config(&[("FARCALL_IDLE_BYTES", "3MiB")]).unwrap().idle_bytes_max, Some(3 << 20));
         for (name, value) in [
             ("FARCALL_CPU_STREAMS", "chaos"),
             ("FARCALL_CPU_STREAMS", "inline:1"),
             ("FARCALL_DEVICES", "4"),
             ("FARCALL_CUDA", "on"),
             ("FARCALL_CHECK", "yes"),
+            ("FARCALL_IDLE_BYTES", "much"),
         ] {
             let error = config(&[(name, value)]).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("{name}={value} is not understood: expected `")), "{error}");
+            assert!(error.starts_with(&format!("{name}={value} is not understood: expected ")), "{error}");
         }
     }
 
