@@ -5,6 +5,7 @@
 //! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
+//! - [`InterfaceChoice`]: which of the host's addresses a worker listens on.
 //! - [`JobKey`]: what the workers of a job share, proven by both sides of each connection before anything else (PEERS).
 //!
 //! Invariants, named where they are kept: LIMITS (checked before allocation), BOUNDED (every wait ends), W1 (wire
@@ -22,6 +23,7 @@ pub mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod interface;
 mod key;
 mod life;
 mod local;
@@ -41,6 +43,7 @@ pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
 pub use fork::is_forked_child;
+pub use interface::{InterfaceAddress, InterfaceChoice, InterfaceError, addresses as interface_addresses};
 pub use key::{JobKey, KeyError};
 pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
