@@ -19,6 +19,7 @@ mod error;
 mod function;
 mod join;
 mod link;
+mod nearest;
 mod registry;
 mod scope;
 mod table;

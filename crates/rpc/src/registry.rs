@@ -8,9 +8,7 @@ use farcall_transport::JobCost;
 
 use crate::error::JoinError;
 use crate::function::{Function, Handler};
-
-/// Longer names get no suggestion: comparing costs their length times that of each name here.
-const NEAREST_BYTES_MAX: usize = 256;
+use crate::nearest::nearest;
 
 /// What `#[farcall::function]` submits to `inventory`.
 pub struct Registration {
@@ -94,27 +92,8 @@ impl Registry {
 
     /// The registered name most like `name`, if any is close.
     pub(crate) fn nearest(&self, name: &str) -> Option<&'static str> {
-        if name.len() > NEAREST_BYTES_MAX {
-            return None;
-        }
-        let last = |name: &str| name.rsplit("::").next().map(str::to_owned);
-        let by_distance = |known: &&'static str| (last(known) != last(name), distance(known, name), *known);
-        let best = self.functions.keys().copied().min_by_key(by_distance)?;
-        (last(best) == last(name) || distance(best, name) <= 3).then_some(best)
+        nearest(name, self.functions.keys().copied())
     }
-}
-
-/// Levenshtein's distance, on bytes; names are short.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.bytes().enumerate() {
-            let insert_or_delete = row[j].min(row[j + 1]) + 1;
-            diagonal = std::mem::replace(&mut row[j + 1], insert_or_delete.min(diagonal + usize::from(x != y)));
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -147,12 +126,5 @@ mod tests {
     fn a_name_given_twice_is_an_error_at_join() {
         let registry = Registry::empty().with(Double).with(Double);
         assert!(matches!(registry.check(), Err(JoinError::DuplicateFunction { name: "math::double" })));
-    }
-
-    #[test]
-    fn distances_computed_by_hand() {
-        assert_eq!(distance("kitten", "sitting"), 3);
-        assert_eq!(distance("", "abc"), 3);
-        assert_eq!(distance("same", "same"), 0);
     }
 }
