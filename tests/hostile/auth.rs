@@ -516,7 +516,7 @@ fn a_worker_joins_with_the_stores_key_only() {
 fn a_group_with_a_key_may_listen_beyond_loopback() {
     bounded(|| {
         let group = Group::with_key(2, Some(key()), |options| {
-            options.bind = "0.0.0.0:0".parse().expect("an address");
+            options.bind = Some("0.0.0.0:0".parse().expect("an address"));
             options.transport = Transport::Tcp;
         });
         assert!(group.agents[0].workers().all(|worker| worker.address.ip().to_string() == "127.0.0.1"));

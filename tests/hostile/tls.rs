@@ -140,7 +140,7 @@ fn with_tls_a_worker_may_listen_beyond_loopback() {
         let ca = Ca::new();
         let tls = ca.worker(2100, &ca);
         let group = Group::with_key(2, None, move |options| {
-            options.bind = "0.0.0.0:0".parse().expect("an address");
+            options.bind = Some("0.0.0.0:0".parse().expect("an address"));
             (options.transport, options.tls) = (Transport::Tcp, Some(tls.clone()));
         });
         group.answers();

@@ -79,7 +79,7 @@ fn binding_beyond_loopback_is_refused_with_the_remedy() {
     bounded(|| {
         let store = StoreServer::bind("127.0.0.1:0").expect("a store");
         let mut options = options(&store, 0, 1);
-        options.bind = "0.0.0.0:0".parse().expect("an address");
+        options.bind = Some("0.0.0.0:0".parse().expect("an address"));
         let error = Agent::join_blocking(options).expect_err("not authenticated");
         assert!(matches!(error, JoinError::Transport(TransferError::NotLoopback { .. })), "{error}");
         assert!(error.to_string().contains("bind to 127.0.0.1"), "{error}");
@@ -93,7 +93,7 @@ fn the_loopback_of_ipv6_will_do() {
         let joining = [0, 1].map(|rank| {
             let mut options = options(&store, rank, 2);
             options.join_timeout = Duration::from_secs(20);
-            options.bind = "[::1]:0".parse().expect("an address");
+            options.bind = Some("[::1]:0".parse().expect("an address"));
             std::thread::spawn(move || Agent::join_blocking(options).expect("joins"))
         });
         let agents = joining.map(|joining| joining.join().expect("no panic"));

@@ -11,7 +11,7 @@ pub use farcall_device::{
 pub use farcall_macros::function;
 pub use farcall_rpc::{
     Agent, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry, RemoteError, Reply,
-    Result, Stage, To,
+    Result, Stage, To, settings,
 };
 pub use farcall_transport::{
     self as transport, CloseCause, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId, WorkerInfo,
@@ -27,6 +27,8 @@ pub mod architecture {}
 
 #[doc = include_str!("../docs/gotchas.md")]
 pub mod gotchas {}
+#[doc = include_str!("../docs/settings.md")]
+pub mod settings_page {}
 
 /// What `#[farcall::function]` expands to; not for programs.
 #[doc(hidden)]

@@ -9,6 +9,7 @@ use farcall_transport::{CloseCause, StoreError, TransferError};
 use serde::{Deserialize, Serialize};
 
 use crate::DeviceMap;
+use crate::settings::SettingsError;
 
 /// What a handler fails with: any error, kept with its sources, for the caller to read as [`CallError::Remote`].
 ///
@@ -187,6 +188,9 @@ pub enum CallError {
 #[expect(missing_docs, reason = "the messages name the fields")]
 pub enum JoinError {
     /// A setting is missing or cannot be read.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// An option cannot be as it is; the variable is its setting's.
     #[error("{variable}: {message}")]
     Setting { variable: &'static str, message: String },
     /// This process was forked from one that had joined: it has no agent, and cannot join.

@@ -5,20 +5,23 @@
 //! Invariant BOUNDED: joining and leaving have deadlines; what they miss is named.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use farcall_device::Runtime;
 use farcall_transport::{
-    Driver, DriverConfig, EmbeddedStore, JobKey, KeyError, Limits, Store, StoreError, StoreLimits, StoreServer, Tls,
-    TlsError, Transport, WorkerId, WorkerInfo, gone_key, is_forked_child,
+    Driver, DriverConfig, EmbeddedStore, InterfaceChoice, JobKey, Limits, Store, StoreError, StoreLimits, StoreServer,
+    Tls, TransferError, Transport, WorkerId, WorkerInfo, gone_key, is_forked_child,
 };
 use tokio::sync::oneshot;
 
 use crate::agent::{Acceptor, Agent};
 use crate::error::JoinError;
+use crate::settings::Settings;
 use crate::{DeviceMap, Registry};
 
 /// Threads of one agent at most: handlers that run, and those that wait for calls of their own.
@@ -46,10 +49,17 @@ pub struct Options {
     pub host_store: bool,
     /// Told apart from other groups that use the same store or ports.
     pub group: String,
-    /// Where this worker listens; port 0 for any. Default 127.0.0.1:0. Beyond loopback only with a `key`.
-    pub bind: SocketAddr,
-    /// Under which address the others reach this worker, if it listens on all of them. Default: the one from which it
-    /// reaches the store.
+    /// This worker's number on its host, for programs that choose a device by it.
+    pub local_rank: Option<u32>,
+    /// Where this worker listens; port 0 for any. Default: on the address from which it reaches the store, loopback where
+    /// that is on loopback. Beyond loopback only with a `key`.
+    pub bind: Option<SocketAddr>,
+    /// The network interface whose address this worker listens on, in place of `bind`.
+    pub interface: Option<InterfaceChoice>,
+    /// The ports to listen on, unless `bind` has one: the first that is free. Default: any.
+    pub ports: Option<RangeInclusive<u16>>,
+    /// Under which address the others reach this worker. Default: the one that it listens on, or, if it listens on all, the one
+    /// from which it reaches the store.
     pub advertise: Option<IpAddr>,
     /// Which sockets are used. Default: Unix sockets between workers of one user on one host, else TCP.
     pub transport: Transport,
@@ -96,7 +106,10 @@ impl Options {
             store: store.into(),
             host_store: rank == 0,
             group: "farcall".to_owned(),
-            bind: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            local_rank: None,
+            bind: None,
+            interface: None,
+            ports: None,
             advertise: None,
             transport: Transport::default(),
             tls: None,
@@ -115,11 +128,10 @@ impl Options {
         }
     }
 
-    /// Options from the environment.
+    /// Options from the environment: [`settings`](crate::settings) of variables, of a file and of launchers.
     ///
-    /// `FARCALL_RANK`, `FARCALL_WORLD_SIZE` and `FARCALL_STORE` (host:port) must be set; `FARCALL_NAME`,
-    /// `FARCALL_GROUP`, `FARCALL_BIND` (address:port), `FARCALL_ADVERTISE` (address), `FARCALL_TRANSPORT` (`auto`, `tcp`
-    /// or `unix`) and `FARCALL_HOST_STORE` (0 or 1) may be.
+    /// Rank, number of workers and where they meet must be told: by a launcher, such as `farcall run`, torchrun or Slurm, or by
+    /// `FARCALL_RANK`, `FARCALL_WORLD_SIZE` and `FARCALL_STORE` (host:port).
     ///
     /// `FARCALL_TLS_CERT`, `FARCALL_TLS_KEY` and `FARCALL_TLS_CA` name PEM files for TLS, all or none of them.
     ///
@@ -128,74 +140,17 @@ impl Options {
     /// the processes that it starts.
     ///
     /// # Errors
-    /// [`JoinError::Setting`] names the variable.
+    /// [`JoinError::Settings`] names the variable, or the line of the file, and what is expected.
     pub fn from_env() -> Result<Self, JoinError> {
-        Self::from_variables(variable)
+        Ok(Settings::from_env()?.options()?)
     }
 
-    /// The job's key alone, from the same variables, for launchers.
+    /// The job's key alone, from the same places, for launchers.
     ///
     /// # Errors
-    /// [`JoinError::Setting`] names the variable.
+    /// As [`Options::from_env`].
     pub fn key_from_env() -> Result<Option<JobKey>, JoinError> {
-        key_from_variables(&variable)
-    }
-
-    pub(crate) fn from_variables(get: impl Fn(&str) -> Option<String>) -> Result<Self, JoinError> {
-        let required = |variable: &'static str| {
-            let message = "not set; start this program with `farcall run -n N -- …`, or set it".to_owned();
-            get(variable).ok_or(JoinError::Setting { variable, message })
-        };
-        fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(
-            variable: &'static str,
-            text: &str,
-        ) -> Result<T, JoinError> {
-            text.parse().map_err(|error: T::Err| JoinError::Setting { variable, message: format!("{text:?}: {error}") })
-        }
-        let rank: u32 = parse("FARCALL_RANK", &required("FARCALL_RANK")?)?;
-        let world_size: u32 = parse("FARCALL_WORLD_SIZE", &required("FARCALL_WORLD_SIZE")?)?;
-        let mut options = Self::new(rank, world_size, required("FARCALL_STORE")?);
-        options.name = get("FARCALL_NAME");
-        if let Some(group) = get("FARCALL_GROUP") {
-            options.group = group;
-        }
-        if let Some(bind) = get("FARCALL_BIND") {
-            options.bind = parse("FARCALL_BIND", &bind)?;
-        }
-        if let Some(advertise) = get("FARCALL_ADVERTISE") {
-            options.advertise = Some(parse("FARCALL_ADVERTISE", &advertise)?);
-        }
-        if let Some(transport) = get("FARCALL_TRANSPORT") {
-            options.transport = parse("FARCALL_TRANSPORT", &transport)?;
-        }
-        options.key = key_from_variables(&get)?;
-        let files = ["FARCALL_TLS_CERT", "FARCALL_TLS_KEY", "FARCALL_TLS_CA"];
-        options.tls = match files.map(&get) {
-            [None, None, None] => None,
-            [Some(certificate), Some(key), Some(ca)] => {
-                let tls = Tls::from_files(certificate.as_ref(), key.as_ref(), ca.as_ref());
-                let setting = |error: TlsError| JoinError::Setting { variable: files[0], message: error.to_string() };
-                Some(tls.map_err(setting)?)
-            }
-            given => {
-                let missing =
-                    files.iter().zip(&given).find(|(_, given)| given.is_none()).map_or(files[0], |(name, _)| name);
-                let message = format!("not set; TLS needs all of {}", files.join(", "));
-                return Err(JoinError::Setting { variable: missing, message });
-            }
-        };
-        if let Some(host) = get("FARCALL_HOST_STORE") {
-            options.host_store = match host.as_str() {
-                "0" => false,
-                "1" => true,
-                _ => {
-                    let message = format!("{host:?}: 0 or 1 is expected");
-                    return Err(JoinError::Setting { variable: "FARCALL_HOST_STORE", message });
-                }
-            };
-        }
-        options.check()?;
-        Ok(options)
+        Ok(Settings::from_env()?.key()?)
     }
 
     fn check(&self) -> Result<(), JoinError> {
@@ -205,24 +160,6 @@ impl Options {
         }
         Ok(())
     }
-}
-
-/// What is not UTF-8 must not count as not set: it is refused, with its variable's name.
-fn variable(name: &str) -> Option<String> {
-    Some(std::env::var_os(name)?.to_string_lossy().into_owned())
-}
-
-fn key_from_variables(get: &impl Fn(&str) -> Option<String>) -> Result<Option<JobKey>, JoinError> {
-    let bad = |variable| move |error: KeyError| JoinError::Setting { variable, message: error.to_string() };
-    Ok(match (get("FARCALL_KEY"), get("FARCALL_KEY_FILE")) {
-        (None, None) => None,
-        (Some(key), None) => Some(JobKey::from_hex(&key).map_err(bad("FARCALL_KEY"))?),
-        (None, Some(path)) => Some(JobKey::from_file(path.as_ref()).map_err(bad("FARCALL_KEY_FILE"))?),
-        (Some(_), Some(_)) => {
-            let message = "FARCALL_KEY_FILE is set, too; set one of them".to_owned();
-            return Err(JoinError::Setting { variable: "FARCALL_KEY", message });
-        }
-    })
 }
 
 /// What leaving needs: the store, and this worker's place in it.
@@ -283,22 +220,18 @@ impl Agent {
         let address = server.as_ref().map_or_else(|| options.store.clone(), |server| server.address().to_string());
         let me = identity(&options.group, options.rank);
         let store = EmbeddedStore::connect_with(&address, &me, options.key.as_ref(), deadline)?;
-        // Who hosts a store on all addresses reaches it over loopback, which tells nothing.
-        let reached = store.local_address().filter(|address| {
-            let hosted_on_all = server.as_ref().is_some_and(|server| server.address().ip().is_unspecified());
-            address.is_ipv4() == options.bind.is_ipv4() && !hosted_on_all
-        });
-        let advertise = options.advertise.or_else(|| reached.filter(|_| options.bind.ip().is_unspecified()));
+        let hosted = server.as_ref().map(StoreServer::address);
+        let Listen { address: listen, advertise, ports } = Listen::of(&options, store.local_address(), hosted)?;
 
         let name = options.name.clone().unwrap_or_else(|| format!("w{}", options.rank));
         let worker = WorkerInfo {
             id: WorkerId { name: name.into(), rank: options.rank },
-            address: options.bind,
+            address: listen,
             pid: std::process::id(),
             local: None,
             incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_nanos() as u64),
         };
-        let driver = Driver::bind(DriverConfig {
+        let config = DriverConfig {
             worker,
             group: options.group.clone(),
             limits: options.limits.clone(),
@@ -311,7 +244,8 @@ impl Agent {
             advertise,
             transport: options.transport,
             tls: options.tls.clone(),
-        })?;
+        };
+        let driver = bind(&config, ports)?;
         for (worker, map) in &options.device_maps {
             let wrong = |message| JoinError::DeviceMap { worker: worker.clone(), message };
             map.check(&driver.config().runtime).map_err(wrong)?;
@@ -426,6 +360,60 @@ impl Agent {
     }
 }
 
+/// Where a worker listens, and what it tells the others of it.
+#[derive(Debug, PartialEq, Eq)]
+struct Listen {
+    address: SocketAddr,
+    advertise: Option<IpAddr>,
+    ports: RangeInclusive<u16>,
+}
+
+impl Listen {
+    /// `reached` is this host's address of the connection to the store, `hosted` where this process hosts it, if it does.
+    fn of(options: &Options, reached: Option<IpAddr>, hosted: Option<SocketAddr>) -> Result<Self, JoinError> {
+        let setting = |variable, message| JoinError::Setting { variable, message };
+        // Who hosts a store on all addresses reaches it over loopback, which tells nothing.
+        let everywhere = hosted.map(|address| address.ip()).filter(IpAddr::is_unspecified);
+        let reached = reached.filter(|_| everywhere.is_none());
+        let address = match (options.bind, &options.interface) {
+            (Some(_), Some(_)) => {
+                return Err(setting("FARCALL_BIND", "`interface` is set, too; set one of them".into()));
+            }
+            (Some(bind), None) => bind,
+            (None, Some(interface)) => {
+                let found = interface.find(reached.or(options.advertise));
+                let found = found.map_err(|error| setting("FARCALL_INTERFACE", error.to_string()))?;
+                SocketAddr::new(found.address, 0)
+            }
+            (None, None) => SocketAddr::new(reached.or(everywhere).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), 0),
+        };
+        let ports = match (&options.ports, address.port()) {
+            (None, port) => port..=port,
+            (Some(ports), 0) if !ports.is_empty() => ports.clone(),
+            (Some(_), 0) => return Err(setting("FARCALL_PORTS", "there is no port in this range".into())),
+            (Some(_), _) => return Err(setting("FARCALL_PORTS", "`bind` has a port, too; set one of them".into())),
+        };
+        let same_family = |reached: &IpAddr| reached.is_ipv4() == address.is_ipv4();
+        let reached = reached.filter(|reached| address.ip().is_unspecified() && same_family(reached));
+        Ok(Self { address, advertise: options.advertise.or(reached), ports })
+    }
+}
+
+/// Binds the driver to the first of `ports` that is free.
+fn bind(config: &DriverConfig, ports: RangeInclusive<u16>) -> Result<Arc<Driver>, JoinError> {
+    let taken = |error: &TransferError| matches!(error, TransferError::Os { source, .. } if source.kind() == io::ErrorKind::AddrInUse);
+    for port in ports.clone() {
+        let mut config = config.clone();
+        config.worker.address.set_port(port);
+        match Driver::bind(config) {
+            Err(error) if taken(&error) && ports.start() != ports.end() => {}
+            bound => return Ok(bound?),
+        }
+    }
+    let message = format!("none of {}-{} is free on {}", ports.start(), ports.end(), config.worker.address.ip());
+    Err(JoinError::Setting { variable: "FARCALL_PORTS", message })
+}
+
 /// Publishes this worker and reads all others.
 fn meet_workers(group: &Group, worker: &WorkerInfo, deadline: Instant) -> Result<Vec<WorkerInfo>, JoinError> {
     let malformed = |rank: u32, message: String| JoinError::Malformed { rank, message };
@@ -465,59 +453,61 @@ async fn on_thread<T: Send + 'static>(
 mod tests {
     use super::*;
 
-    fn from(variables: &[(&str, &str)]) -> Result<Options, JoinError> {
-        Options::from_variables(|name| {
-            variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
-        })
+    fn listen(change: impl FnOnce(&mut Options), reached: &str, hosted: Option<&str>) -> Result<Listen, String> {
+        let mut options = Options::new(0, 1, "");
+        change(&mut options);
+        let hosted = hosted.map(|hosted| hosted.parse().expect("an address and a port"));
+        let listen = Listen::of(&options, Some(reached.parse().expect("an address")), hosted);
+        listen.map_err(|error| error.to_string())
+    }
+
+    fn told(change: impl FnOnce(&mut Options), reached: &str, hosted: Option<&str>) -> (String, Option<String>) {
+        let listen = listen(change, reached, hosted).expect("settings that go together");
+        (listen.address.to_string(), listen.advertise.map(|address| address.to_string()))
     }
 
     #[test]
-    fn settings_are_read_from_the_environment() {
-        let options = from(&[
-            ("FARCALL_RANK", "1"),
-            ("FARCALL_WORLD_SIZE", "4"),
-            ("FARCALL_STORE", "127.0.0.1:2950"),
-            ("FARCALL_NAME", "trainer"),
-            ("FARCALL_HOST_STORE", "1"),
-        ])
-        .expect("complete settings");
-        assert_eq!((options.rank, options.world_size, options.host_store), (1, 4, true));
-        assert_eq!(options.name.as_deref(), Some("trainer"));
+    fn a_worker_listens_where_it_reaches_the_store() {
+        for reached in ["127.0.0.1", "10.0.0.4"] {
+            assert_eq!(told(|_| {}, reached, None), (format!("{reached}:0"), None));
+        }
+        for reached in ["::1", "fd00::4"] {
+            assert_eq!(told(|_| {}, reached, None), (format!("[{reached}]:0"), None));
+        }
+        assert_eq!(told(|_| {}, "10.0.0.4", Some("10.0.0.4:2950")), ("10.0.0.4:0".into(), None));
+        // Who hosts the store on all addresses cannot tell by which one; the driver asks for it.
+        assert_eq!(told(|_| {}, "127.0.0.1", Some("0.0.0.0:2950")), ("0.0.0.0:0".into(), None));
+        assert_eq!(told(|_| {}, "::1", Some("[::]:2950")), ("[::]:0".into(), None));
     }
 
     #[test]
-    fn a_wrong_or_missing_setting_is_named() {
-        let named = |variables: &[(&str, &str)]| match from(variables) {
-            Err(JoinError::Setting { variable, .. }) => variable,
-            other => panic!("{other:?}"),
-        };
-        assert_eq!(named(&[]), "FARCALL_RANK");
-        assert_eq!(named(&[("FARCALL_RANK", "x")]), "FARCALL_RANK");
-        assert_eq!(
-            named(&[("FARCALL_RANK", "4"), ("FARCALL_WORLD_SIZE", "4"), ("FARCALL_STORE", "a:1")]),
-            "FARCALL_RANK"
+    fn who_listens_on_all_addresses_tells_the_one_it_reaches_the_store_by() {
+        let all = |options: &mut Options| options.bind = Some(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7)));
+        assert_eq!(told(all, "10.0.0.4", None), ("0.0.0.0:7".into(), Some("10.0.0.4".into())));
+        assert_eq!(told(all, "fd00::4", None).1, None, "not one of the other family");
+        assert_eq!(told(all, "127.0.0.1", Some("0.0.0.0:1")).1, None);
+        let told = told(
+            |options| {
+                all(options);
+                options.advertise = Some(Ipv4Addr::new(192, 0, 2, 1).into());
+            },
+            "10.0.0.4",
+            None,
         );
-        assert_eq!(named(&[("FARCALL_RANK", "0"), ("FARCALL_WORLD_SIZE", "4")]), "FARCALL_STORE");
-        let with = |variable, value| {
-            let complete = [("FARCALL_RANK", "0"), ("FARCALL_WORLD_SIZE", "1"), ("FARCALL_STORE", "a:1")];
-            named(&[&complete[..], &[(variable, value)]].concat())
-        };
-        assert_eq!(with("FARCALL_KEY", ""), "FARCALL_KEY");
-        assert_eq!(with("FARCALL_KEY", "not hexadecimal"), "FARCALL_KEY");
-        assert_eq!(with("FARCALL_KEY_FILE", "/nowhere/farcall-key"), "FARCALL_KEY_FILE");
-        assert_eq!(with("FARCALL_ADVERTISE", "host"), "FARCALL_ADVERTISE");
-        assert_eq!(with("FARCALL_TRANSPORT", "udp"), "FARCALL_TRANSPORT");
+        assert_eq!(told.1.as_deref(), Some("192.0.2.1"));
     }
 
     #[test]
-    fn a_key_is_read_from_one_place() {
-        let complete = [("FARCALL_RANK", "0"), ("FARCALL_WORLD_SIZE", "1"), ("FARCALL_STORE", "a:1")];
-        let hex = "00112233445566778899aabbccddeeff";
-        let with = |more: &[(&str, &str)]| from(&[&complete[..], more].concat());
-        assert!(with(&[]).expect("complete settings").key.is_none());
-        let key = with(&[("FARCALL_KEY", hex)]).expect("complete settings").key.expect("a key");
-        assert_eq!(key.to_hex(), hex);
-        let error = with(&[("FARCALL_KEY", hex), ("FARCALL_KEY_FILE", "/a")]).expect_err("which one?").to_string();
-        assert_eq!(error, "FARCALL_KEY: FARCALL_KEY_FILE is set, too; set one of them");
+    fn interface_bind_and_ports_go_together_or_are_refused() {
+        let lo: InterfaceChoice = "lo".parse().expect("a name");
+        assert_eq!(told(|options| options.interface = Some(lo.clone()), "127.0.0.1", None).0, "127.0.0.1:0");
+        let bind = SocketAddr::from((Ipv4Addr::LOCALHOST, 7));
+        let both = |options: &mut Options| (options.bind, options.interface) = (Some(bind), Some(lo.clone()));
+        assert!(listen(both, "::1", None).expect_err("which?").starts_with("FARCALL_BIND: `interface` is set, too"));
+        let ports = |options: &mut Options| (options.bind, options.ports) = (Some(bind), Some(7..=8));
+        assert!(listen(ports, "::1", None).expect_err("which?").starts_with("FARCALL_PORTS: `bind` has a port, too"));
+        let none = |options: &mut Options| options.interface = Some("=nowhere0".parse().expect("a name"));
+        let error = listen(none, "::1", None).expect_err("no such interface");
+        assert!(error.starts_with("FARCALL_INTERFACE: no network interface matches `=nowhere0`"), "{error}");
     }
 }

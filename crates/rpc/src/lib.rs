@@ -3,6 +3,7 @@
 //! - [`Agent`]: a worker's runtime. [`Agent::to`] chooses a worker, [`To::call`] calls a function on it.
 //! - [`Function`], [`Handler`], [`Registry`]: what `#[farcall::function]` makes, and where it is found.
 //! - [`Reply`]: a call's value to come. [`CallError`]: why there is none.
+//! - [`settings`]: what may be set by a file, by variables and by launchers.
 //! - [`Call`]: what a handler knows of the call it serves.
 //!
 //! Dropping a call's future cancels the call, at its callee and down the chain of calls that [`Call::to`] makes.
@@ -22,6 +23,7 @@ mod link;
 mod nearest;
 mod registry;
 mod scope;
+pub mod settings;
 mod table;
 
 pub use agent::{Agent, Target, To};
