@@ -406,11 +406,12 @@ fn bind(config: &DriverConfig, ports: RangeInclusive<u16>) -> Result<Arc<Driver>
         let mut config = config.clone();
         config.worker.address.set_port(port);
         match Driver::bind(config) {
-            Err(error) if taken(&error) && ports.start() != ports.end() => {}
+            Err(error) if taken(&error) => {}
             bound => return Ok(bound?),
         }
     }
-    let message = format!("none of {}-{} is free on {}", ports.start(), ports.end(), config.worker.address.ip());
+    let (first, last, address) = (ports.start(), ports.end(), config.worker.address.ip());
+    let message = format!("no port from {first} to {last} is free on {address}; set a wider range");
     Err(JoinError::Setting { variable: "FARCALL_PORTS", message })
 }
 

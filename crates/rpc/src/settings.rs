@@ -68,6 +68,18 @@ pub enum Origin {
     Variable(&'static str),
 }
 
+impl Origin {
+    /// A later one counts.
+    fn layer(&self) -> u8 {
+        match self {
+            Self::Default => 0,
+            Self::Launcher { .. } => 1,
+            Self::File { .. } => 2,
+            Self::Variable(_) => 3,
+        }
+    }
+}
+
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -214,9 +226,8 @@ impl Settings {
         let bad = |key| move |error: KeyError| self.wrong(key, error);
         match (&self.draft.key, &self.draft.key_file) {
             (None, None) => Ok(None),
-            (Some(key), None) => JobKey::from_hex(&key.0).map(Some).map_err(bad("key")),
+            (Some(key), _) => JobKey::from_hex(&key.0).map(Some).map_err(bad("key")),
             (None, Some(path)) => JobKey::from_file(path.as_ref()).map(Some).map_err(bad("key_file")),
-            (Some(_), Some(_)) => Err(self.wrong("key", "FARCALL_KEY_FILE is set, too; set one of them")),
         }
     }
 
@@ -313,20 +324,42 @@ impl Settings {
             let store = launch.store(Some(port))?.0;
             self.apply(index_of("store"), &store, self.origin("store"))?;
         }
-        if self.is_own("bind") && self.is_own("interface") {
-            return Err(self.wrong("bind", "`interface` is set, too; set one of them"));
-        }
         // NCCL's is for jobs on several hosts, and may be set wherever people log in.
-        if !self.is_own("interface") && (self.is_own("bind") || is_on_loopback(&self.draft.options.store)) {
-            self.draft.options.interface = None;
-            let index = index_of("interface");
-            self.entries[index] = Entry { setting: &SETTINGS[index], text: None, origin: Origin::Default };
+        let is_nccls = matches!(self.origin("interface"), Origin::Launcher { .. });
+        if is_nccls && is_on_loopback(&self.draft.options.store) {
+            self.unset("interface");
         }
-        let options = &self.draft.options;
-        if options.ports.is_some() && options.bind.is_some_and(|bind| bind.port() != 0) {
-            return Err(self.wrong("ports", "`bind` has a port, too; set one of them, or `bind` with port 0"));
+        self.keep_one("bind", "interface")?;
+        if self.draft.options.bind.is_some_and(|bind| bind.port() != 0) {
+            self.keep_one("ports", "bind")?;
         }
+        self.keep_one("key", "key_file")?;
         Ok(self)
+    }
+
+    /// Of two settings that exclude each other the one of the later layer counts.
+    fn keep_one(&mut self, one: &'static str, other: &'static str) -> Result<(), SettingsError> {
+        match [one, other].map(|key| self.origin(key).layer()) {
+            [0, _] | [_, 0] => {}
+            [a, b] if a == b => return Err(self.wrong(one, format!("`{other}` is set, too; set one of them"))),
+            [a, b] => self.unset(if a < b { one } else { other }),
+        }
+        Ok(())
+    }
+
+    /// As if nobody had set it.
+    fn unset(&mut self, key: &str) {
+        let index = index_of(key);
+        self.entries[index] = Entry { setting: &SETTINGS[index], text: None, origin: Origin::Default };
+        let Draft { options, key: secret, key_file, .. } = &mut self.draft;
+        match key {
+            "bind" => options.bind = None,
+            "interface" => options.interface = None,
+            "ports" => options.ports = None,
+            "key" => *secret = None,
+            "key_file" => *key_file = None,
+            _ => unreachable!("{key} excludes no other setting"),
+        }
     }
 
     /// Makes the process's runtime, if the file says more of it than the environment, from which it is made otherwise.
@@ -350,11 +383,6 @@ impl Settings {
 
     fn origin(&self, key: &str) -> Origin {
         self.entries.iter().find(|entry| entry.setting.key == key).map_or(Origin::Default, |entry| entry.origin.clone())
-    }
-
-    /// Whether it was set for farcall.
-    fn is_own(&self, key: &str) -> bool {
-        matches!(self.origin(key), Origin::File { .. } | Origin::Variable(_))
     }
 
     fn wrong(&self, key: &'static str, message: impl fmt::Display) -> SettingsError {

@@ -17,10 +17,10 @@ pub enum SettingsError {
     #[error("{}:{line}: {message}", .path.display())]
     Syntax { path: PathBuf, line: usize, message: String },
     /// No setting has this name.
-    #[error("{}:{line}: no setting is named `{key}`{}; `farcall config show` lists all", .path.display(), did_you_mean(.nearest))]
+    #[error("{}:{line}: no setting is named `{key}`{}; `farcall config show` lists all", .path.display(), told(.nearest))]
     UnknownKey { path: PathBuf, line: usize, key: String, nearest: Option<&'static str> },
     /// A variable has the prefix of settings and is none.
-    #[error("{variable}: no setting has this variable{}; `farcall config show` lists all", did_you_mean(.nearest))]
+    #[error("{variable}: no setting has this variable{}; `farcall config show` lists all", told(.nearest))]
     UnknownVariable { variable: String, nearest: Option<&'static str> },
     /// A value is not what is expected.
     #[error("{origin}: {key} = {value}: expected {expected}")]
@@ -33,6 +33,6 @@ pub enum SettingsError {
     Wrong { origin: Origin, key: &'static str, message: String },
 }
 
-fn did_you_mean(nearest: &Option<&'static str>) -> String {
-    nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default()
+fn told(nearest: &Option<&'static str>) -> String {
+    nearest.map(|name| format!(", the nearest is `{name}`")).unwrap_or_default()
 }

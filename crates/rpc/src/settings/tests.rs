@@ -113,7 +113,7 @@ fn what_is_missing_is_named_with_the_remedy() {
 #[test]
 fn a_variable_that_is_no_setting_is_refused_with_the_nearest_name() {
     let text = error(&[WHOLE, &[("FARCALL_TRANSPRT", "tcp")]].concat());
-    let expected = "FARCALL_TRANSPRT: no setting has this variable; did you mean `FARCALL_TRANSPORT`?";
+    let expected = "FARCALL_TRANSPRT: no setting has this variable, the nearest is `FARCALL_TRANSPORT`";
     assert!(text.starts_with(expected), "{text}");
     let text = error(&[WHOLE, &[("FARCALL_SOMETHING_ELSE_ENTIRELY", "1")]].concat());
     assert!(
@@ -200,8 +200,8 @@ fn a_file_is_read_where_a_variable_names_it_and_variables_count_more() {
 #[test]
 fn what_is_wrong_in_a_file_is_named_by_its_line() {
     for (text, expected) in [
-        ("\n\nnmae = \"x\"", "FILE:3: no setting is named `nmae`; did you mean `name`?"),
-        ("[limits]\n\nrequest = 1", "FILE:3: no setting is named `limits.request`; did you mean `limits.requests`?"),
+        ("\n\nnmae = \"x\"", "FILE:3: no setting is named `nmae`, the nearest is `name`"),
+        ("[limits]\n\nrequest = 1", "FILE:3: no setting is named `limits.request`, the nearest is `limits.requests`"),
         ("limits = 1", "FILE:1: no setting is named `limits`"),
         ("[limit]\nrequests = 1", "FILE:1: no setting is named `limit`"),
         ("rank = \"3\"", "FILE:1: rank = \"3\": expected a whole number"),
@@ -253,7 +253,7 @@ fn a_key_is_read_from_one_place_and_shown_in_none() {
     assert_eq!(key.to_hex(), HEX);
 
     let both = error(&[WHOLE, &[("FARCALL_KEY", HEX), ("FARCALL_KEY_FILE", "/a")]].concat());
-    assert_eq!(both, "variable FARCALL_KEY: key: FARCALL_KEY_FILE is set, too; set one of them");
+    assert_eq!(both, "variable FARCALL_KEY: key: `key_file` is set, too; set one of them");
     for (variable, value) in
         [("FARCALL_KEY", ""), ("FARCALL_KEY", "5ec2e7 hexadecimal"), ("FARCALL_KEY_FILE", "/nowhere/farcall-key")]
     {
@@ -322,7 +322,25 @@ fn nccls_interface_is_a_fallback_for_jobs_on_several_hosts() {
     let both = error(&[TORCHRUN, &[("FARCALL_INTERFACE", "ib0"), ("FARCALL_BIND", "10.0.0.1:0")]].concat());
     assert_eq!(both, "variable FARCALL_BIND: bind: `interface` is set, too; set one of them");
     let ports = error(&[TORCHRUN, &[("FARCALL_PORTS", "1-2"), ("FARCALL_BIND", "10.0.0.1:7")]].concat());
-    assert!(ports.starts_with("variable FARCALL_PORTS: ports: `bind` has a port, too"), "{ports}");
+    assert!(ports.starts_with("variable FARCALL_PORTS: ports: `bind` is set, too"), "{ports}");
+}
+
+#[test]
+fn of_settings_that_exclude_each_other_the_later_layer_counts() {
+    let file = TempFile::new("interface = \"ib0\"\nports = \"1-2\"\nkey_file = \"/nowhere/farcall-key\"\n");
+    let config = ("FARCALL_CONFIG", file.path());
+    let key = ("FARCALL_KEY", "00112233445566778899aabbccddeeff");
+    let settings = settings(&[WHOLE, &[config, key, ("FARCALL_BIND", "10.0.0.1:7")]].concat()).expect("settings");
+    for unset in ["interface", "ports", "key_file"] {
+        assert_eq!(entry(&settings, unset), ("default".into(), String::new()), "{unset}");
+    }
+    let options = settings.options().expect("options");
+    assert_eq!((options.interface, options.ports, options.key.is_some()), (None, None, true));
+    assert_eq!(options.bind, Some("10.0.0.1:7".parse().expect("an address")));
+    let any = super::tests::options(&[WHOLE, &[config, key, ("FARCALL_BIND", "10.0.0.1:0")]].concat());
+    assert_eq!(any.ports, Some(1..=2), "the port is not the address");
+    let file = TempFile::new("interface = \"ib0\"\n\nbind = \"[::1]:0\"\n");
+    assert_eq!(file.error(WHOLE), "FILE:3: bind: `interface` is set, too; set one of them");
 }
 
 #[test]

@@ -66,7 +66,7 @@ pub(super) fn store(text: &str) -> Option<String> {
 pub(super) fn ports(text: &str) -> Option<RangeInclusive<u16>> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let (first, last) = (number(first.trim())?, number(last.trim())?);
-    (first > 0 && first <= last).then(|| first..=last)
+    (first > 0 && first <= last).then_some(first..=last)
 }
 
 pub(super) fn log_format(text: &str) -> Option<LogFormat> {
