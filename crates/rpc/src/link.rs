@@ -424,7 +424,7 @@ async fn unless_cancelled(future: AnswerFuture, scope: Option<Arc<Scope>>) -> Re
                 // Its own calls hear of it by its end, if not by the scope.
                 let ended = catch_unwind(AssertUnwindSafe(|| drop(future.take())));
                 if ended.is_err() {
-                    tracing::error!("a handler panicked while it was cancelled");
+                    farcall_transport::limited!(error, "a handler panicked while it was cancelled");
                 }
                 Poll::Ready(Err(Failure::Cancelled))
             }
@@ -596,10 +596,14 @@ impl Peer for Link {
             agent.forget(&self.worker, endpoint);
         }
         match **cause {
-            CloseCause::LocalShutdown | CloseCause::PeerShutdown { .. } => {
+            // In order, or never open: then who wanted it open has the error.
+            CloseCause::LocalShutdown
+            | CloseCause::PeerShutdown { .. }
+            | CloseCause::Connect { .. }
+            | CloseCause::ConnectTimeout { .. } => {
                 tracing::debug!(peer = %self.worker, %cause, "endpoint closed");
             }
-            _ => tracing::info!(peer = %self.worker, %cause, "endpoint closed"),
+            _ => farcall_transport::limited!(warn, peer = %self.worker, %cause, "lost a worker"),
         }
     }
 

@@ -178,7 +178,9 @@ impl Driver {
                     listeners.push(Registration::new(LISTENERS[1], listener));
                     config.worker.local = Some(address);
                 }
-                Err(error) if config.transport == Transport::Auto => tracing::warn!(%error, "no Unix socket"),
+                Err(error) if config.transport == Transport::Auto => {
+                    tracing::warn!(%error, "no Unix socket; this worker is reached by TCP alone")
+                }
                 Err(error) => return Err(TransferError::os("listen on a Unix socket")(error)),
             }
         }
@@ -299,7 +301,7 @@ impl Driver {
                 Ok(socket) => return Ok((socket, Route::Unix(Arc::new(address.clone())))),
                 Err(error) if self.config.transport == Transport::Auto => {
                     let fallbacks = self.fallbacks.fetch_add(1, Ordering::Relaxed) + 1;
-                    tracing::debug!(%error, worker = %target.id, fallbacks, "no Unix socket; dialing TCP");
+                    tracing::debug!(%error, peer = %target.id, fallbacks, "no Unix socket; dialing TCP");
                 }
                 Err(error) => {
                     let (route, source) = (Route::Unix(Arc::new(address.clone())), Arc::new(error));

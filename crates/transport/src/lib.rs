@@ -28,6 +28,7 @@ mod key;
 mod life;
 mod local;
 mod receive;
+mod repeats;
 mod store;
 mod strangers;
 mod tcp;
@@ -48,6 +49,8 @@ pub use key::{JobKey, KeyError};
 pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
 pub use receive::{Frame, Unanswered};
+#[doc(hidden)]
+pub use repeats::Repeats;
 pub use store::*;
 pub use tls::Tls;
 pub use tls_error::TlsError;

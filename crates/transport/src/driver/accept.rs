@@ -98,7 +98,7 @@ impl Driver {
                         continue;
                     }
                     // Out of descriptors or memory: the dialers wait, the connected go on.
-                    tracing::warn!(%error, "accept; trying again in {ACCEPT_PAUSE:?}");
+                    crate::limited!(warn, %error, "accept; trying again in {ACCEPT_PAUSE:?}");
                     let until = Instant::now() + ACCEPT_PAUSE;
                     *lock(&self.accept_paused_until) = Some(until);
                     self.listeners.iter().for_each(|listener| listener.want(self, EventFlags::IN, false));
@@ -280,7 +280,7 @@ impl Driver {
                 let endpoint = endpoint.ok_or(ProtocolError::UnknownBulkKey)?;
                 self.remove(&greeting.registration);
                 if let Err(error) = endpoint.attach_bulk(socket) {
-                    tracing::warn!(%error, "bulk connection");
+                    crate::limited!(warn, %error, peer = %hello.worker.id, "bulk connection");
                 }
             }
             Role::Control { target } => {
@@ -302,7 +302,7 @@ impl Driver {
         let (remote, features) = (hello.worker.clone(), hello.features);
         let mut key = [0_u8; 16];
         if let Err(error) = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty()) {
-            tracing::error!(%error, "getrandom");
+            crate::limited!(error, %error, "getrandom");
             return;
         }
         let key = u128::from_ne_bytes(key);
@@ -324,7 +324,7 @@ impl Driver {
             Ok(())
         });
         if let Err(error) = opened {
-            tracing::warn!(%error, peer = %remote.id, "cannot open an endpoint");
+            crate::limited!(warn, %error, peer = %remote.id, "cannot open an endpoint");
         }
     }
 

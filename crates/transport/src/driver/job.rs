@@ -29,7 +29,7 @@ impl Job {
     pub(super) fn run(self, turn: &mut Turn) {
         let started = Instant::now();
         if catch_unwind(AssertUnwindSafe(|| (self.run)(turn))).is_err() {
-            tracing::error!("a job of the driver panicked");
+            crate::limited!(error, "a job of the driver panicked");
         }
         self.cost.record(started.elapsed());
     }

@@ -166,7 +166,7 @@ impl Driver {
             Ok((ready, _)) => &*ready,
             Err(Errno::INTR) => &[],
             Err(error) => {
-                tracing::error!(%error, "epoll_wait");
+                crate::limited!(error, %error, "epoll_wait");
                 &[]
             }
         };
@@ -257,7 +257,7 @@ impl Driver {
         if pool.idle == 0
             && let Err(error) = self.spawn_thread(pool)
         {
-            tracing::error!(%error, "no thread to lead while a handler runs");
+            crate::limited!(error, %error, "no thread to lead while a handler runs");
             return false;
         }
         pool.led = false;
@@ -288,7 +288,7 @@ impl Driver {
         let period = Timespec { tv_sec: 0, tv_nsec: period.as_nanos() as i64 };
         let timer = Itimerspec { it_interval: period, it_value: period };
         if let Err(error) = timerfd_settime(&self.watchdog, TimerfdTimerFlags::empty(), &timer) {
-            tracing::error!(%error, "timerfd_settime");
+            crate::limited!(error, %error, "timerfd_settime");
         }
     }
 
@@ -355,7 +355,7 @@ impl Driver {
                 true
             }
             Err(error) => {
-                tracing::error!(%error, "watchdog");
+                crate::limited!(error, %error, "watchdog");
                 thread::sleep(WATCH_TICK);
                 false
             }

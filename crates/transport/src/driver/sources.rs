@@ -254,7 +254,7 @@ impl Driver {
     /// connection ends, not the agent.
     pub(super) fn dispatch_guarded(self: &Arc<Self>, token: u64, flags: EventFlags, turn: &mut Turn) {
         if catch_unwind(AssertUnwindSafe(|| self.dispatch(token, flags, turn))).is_err() {
-            tracing::error!("a panic while a connection was served; it is closed");
+            crate::limited!(error, "a panic while a connection was served; it is closed");
             let source = lock(&self.sources).by_token.get(&token).cloned();
             match source {
                 Some(Source::Control(endpoint) | Source::Bulk(endpoint, _)) => {

@@ -122,7 +122,7 @@ impl Endpoint {
         let mut bulk = lock(&self.bulk);
         if !matches!(bulk.link, BulkLink::None | BulkLink::Requested(_)) || self.cause.get().is_some() {
             // One bulk connection per endpoint; the second one's socket is dropped here.
-            tracing::warn!(peer = ?self.peer_id(), "refused a second bulk connection");
+            crate::limited!(warn, peer = ?self.peer_id(), "refused a second bulk connection");
             return Ok(());
         }
         self.driver.add_bulk(self, &registration, EventFlags::IN)?;

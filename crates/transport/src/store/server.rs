@@ -207,7 +207,7 @@ impl Shared {
             }
             Err(error) => {
                 clients.greeting.leave(id);
-                tracing::warn!(%error, clients = clients.running.len(), "no thread for another client of the store");
+                crate::limited!(warn, %error, clients = clients.running.len(), "no thread for another client of the store");
                 Err(Refusal::Connections { limit: clients.running.len() as u64 })
             }
         }
@@ -257,7 +257,7 @@ fn accept_all(shared: &Arc<Shared>, listener: &TcpListener, woken: &UnixStream) 
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
-                tracing::warn!(%error, "the store could not accept a client");
+                crate::limited!(warn, %error, "the store could not accept a client");
                 resting = Some(Timespec { tv_sec: 0, tv_nsec: 50_000_000 });
             }
         }
@@ -290,7 +290,7 @@ fn serve(shared: &Shared, stream: &Arc<TcpStream>, id: u64) {
     answer_greeting(stream, greeted, &Reply::Done, limits.frame);
     let end = converse(shared, stream);
     if let End::Refused(refusal) = &end {
-        tracing::warn!(identity, %refusal, "the store ended a client");
+        crate::limited!(warn, identity, %refusal, "the store ended a client");
         // A client that does not take it has ended all the same.
         if reply(stream, &Reply::Refused(refusal.clone()), limits.frame).is_ok() {
             linger(stream);
