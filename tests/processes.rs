@@ -4,4 +4,5 @@ mod death;
 mod descriptors;
 mod joining;
 mod leaving;
+mod logs;
 pub(crate) mod spawn;

@@ -34,6 +34,7 @@ fn millis(variable: &str) -> Result<Option<Duration>, Failure> {
 }
 
 fn work(mode: &str) -> Result<(), Failure> {
+    farcall::log::init()?;
     let mut options = Options::from_env()?;
     options.join_timeout = millis("TEST_JOIN_MS")?.unwrap_or(options.join_timeout);
     options.shutdown_timeout = millis("TEST_SHUTDOWN_MS")?.unwrap_or(options.shutdown_timeout);

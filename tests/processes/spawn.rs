@@ -19,22 +19,13 @@ const END_MAX: Duration = Duration::from_secs(20);
 /// The worker program, a mode of it, and the environment of a launcher.
 pub(crate) fn command(mode: &str, variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_farcall-test-worker"));
-    for inherited in [
-        "RANK",
-        "WORLD_SIZE",
-        "STORE",
-        "NAME",
-        "GROUP",
-        "BIND",
-        "ADVERTISE",
-        "HOST_STORE",
-        "KEY",
-        "KEY_FILE",
-        "TLS_CERT",
-        "TLS_KEY",
-        "TLS_CA",
-    ] {
-        command.env_remove(format!("FARCALL_{inherited}"));
+    // How the suite runs is passed on, what somebody's shell has for other jobs is not.
+    let passed_on = ["FARCALL_TRANSPORT", "FARCALL_CPU_STREAMS", "FARCALL_DEVICES", "FARCALL_CUDA", "FARCALL_CHECK"];
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy().into_owned();
+        if name.starts_with("FARCALL_") && !passed_on.contains(&name.as_str()) {
+            command.env_remove(name);
+        }
     }
     command.arg(mode).envs(variables.iter().copied());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -183,6 +174,14 @@ impl Processes {
     /// `n` workers that serve, and this process's agent as rank 0 of `n` + 1.
     pub(crate) fn serving(n: usize) -> (Self, Agent) {
         Self::serving_with_key(n, job_key())
+    }
+
+    /// The same with these variables for the workers.
+    pub(crate) fn serving_with(n: usize, variables: &[(&str, &str)]) -> (Self, Agent) {
+        let modes: Vec<_> = std::iter::once(None).chain(vec![Some("serve"); n]).collect();
+        let processes = Self::start(&modes, variables);
+        let agent = processes.join(|_| {});
+        (processes, agent)
     }
 
     /// The same over TCP, which the kernel has tables of.

@@ -7,8 +7,9 @@ use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use farcall::device::{Config, bf16, f16};
+use farcall::device::{bf16, f16};
 use farcall::prelude::*;
+use farcall::settings::Settings;
 use farcall::{Error, Route, Runtime, TensorMut};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
@@ -136,6 +137,10 @@ pub(crate) fn launch(
     let mut workers = Workers::start(WORKERS, |_| {
         let mut command = std::process::Command::new(program.get_program());
         command.arg("demo-worker").stdin(Stdio::piped());
+        // The worker that is killed is part of the story.
+        if std::env::var_os("FARCALL_LOG").is_none() {
+            command.env("FARCALL_LOG", "error");
+        }
         command.envs(devices.iter().map(|devices| ("FARCALL_DEVICES", devices)));
         command.envs(streams.iter().map(|streams| ("FARCALL_CPU_STREAMS", streams)));
         if let Some(file) = weights {
@@ -178,11 +183,10 @@ pub(crate) fn work(weights: Option<&Path>) -> Result<(), Failure> {
     // The demo's panic is part of the story; the caller prints it.
     std::panic::set_hook(Box::new(|_| {}));
     let started = Instant::now();
-    let mut options = Options::from_env()?;
-    // One voice for a setting that cannot be read, before anything uses the process's runtime.
-    let runtime = Runtime::new(Config::from_env()?)?;
-    drop(runtime.clone().set_global());
-    options.device_runtime = Some(runtime);
+    let settings = Settings::from_env()?;
+    let options = settings.options()?;
+    // One voice for a device that cannot be had, before anything uses the process's runtime.
+    drop(Runtime::new(settings.device()?)?.set_global());
     let agent = Agent::join_blocking(options)?;
     let told = match (agent.worker().rank, weights) {
         (0, None) => tell(&agent, started.elapsed()),

@@ -53,6 +53,7 @@ impl Workers {
             command
                 .env("FARCALL_RANK", rank.to_string())
                 .env("FARCALL_WORLD_SIZE", n.to_string())
+                .env("FARCALL_LOCAL_RANK", rank.to_string())
                 .env("FARCALL_STORE", workers._store.address().to_string())
                 .env("FARCALL_GROUP", &group)
                 .env("FARCALL_HOST_STORE", "0");

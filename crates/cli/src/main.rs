@@ -3,6 +3,7 @@
 //! Exit codes: 0 ok, 1 failed, 2 usage, 3 requirement not met.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a person")]
 
+mod config;
 mod demo;
 mod launch;
 mod run;
@@ -44,6 +45,11 @@ enum Command {
         #[arg(last = true, required = true, value_name = "PROGRAM")]
         program: Vec<String>,
     },
+    /// Settings: which there are, their values, and where these come from.
+    Config {
+        #[command(subcommand)]
+        command: config::ConfigCommand,
+    },
     /// One worker of the demo.
     #[command(hide = true)]
     DemoWorker {
@@ -58,14 +64,10 @@ pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 fn main() -> ExitCode {
     // Usage errors end here with code 2.
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("FARCALL_LOG").unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
-    let result = match cli.command {
-        Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
-        Command::Run { n, program } => run::run(n, &program),
-        Command::DemoWorker { weights } => demo::work(weights.as_deref()).map(|()| ExitCode::SUCCESS),
-    };
-    result.unwrap_or_else(|error| {
+    // `config` is what is asked when settings are wrong.
+    let is_config = matches!(cli.command, Command::Config { .. });
+    let log = if is_config { Ok(()) } else { farcall::log::init() };
+    log.map_err(Into::into).and_then(|()| run(cli.command)).unwrap_or_else(|error| {
         eprintln!("farcall: {error}");
         let mut source = error.source();
         while let Some(cause) = source {
@@ -74,4 +76,13 @@ fn main() -> ExitCode {
         }
         ExitCode::FAILURE
     })
+}
+
+fn run(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Config { command } => config::run(&command),
+        Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
+        Command::Run { n, program } => run::run(n, &program),
+        Command::DemoWorker { weights } => demo::work(weights.as_deref()).map(|()| ExitCode::SUCCESS),
+    }
 }

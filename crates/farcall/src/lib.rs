@@ -1,8 +1,11 @@
 #![doc = include_str!("../../../README.md")]
 //!
 //! # This crate
-//! What Rust programs depend on: the public items of the crates below, and nothing of its own.
+//! What Rust programs depend on: the public items of the crates below, and [`log`].
 //! [`architecture`] is the map of the whole, [`gotchas`] what surprised us about drivers.
+
+#[cfg(feature = "log")]
+pub mod log;
 
 pub use farcall_device::{
     self as device, DType, Device, DeviceError, DeviceFuture, Layout, Promise, Runtime, Storage, Stream, Tensor,
