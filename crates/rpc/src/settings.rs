@@ -24,11 +24,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use farcall_device::{Config, Runtime};
-use farcall_transport::{JobKey, KeyError};
+use farcall_transport::{JobKey, KeyError, Tls};
 
 pub use error::SettingsError;
 use launcher::Launch;
-use table::{Draft, NO_SETTINGS};
+use table::{Draft, NO_SETTINGS, TLS_KEYS};
 pub use table::{Kind, LogFormat, SETTINGS, Setting};
 
 use crate::Options;
@@ -214,6 +214,7 @@ impl Settings {
         }
         options.host_store = self.draft.host_store.unwrap_or(options.rank == 0);
         options.key = self.key()?;
+        options.tls = self.tls()?;
         self.make_runtime()?;
         Ok(options)
     }
@@ -228,6 +229,24 @@ impl Settings {
             (None, None) => Ok(None),
             (Some(key), _) => JobKey::from_hex(&key.0).map(Some).map_err(bad("key")),
             (None, Some(path)) => JobKey::from_file(path.as_ref()).map(Some).map_err(bad("key_file")),
+        }
+    }
+
+    /// The certificate for TLS, if there is one.
+    fn tls(&self) -> Result<Option<Tls>, SettingsError> {
+        match &self.draft.tls {
+            [None, None, None] => Ok(None),
+            [Some(certificate), Some(key), Some(ca)] => {
+                let tls = Tls::from_files(certificate.as_ref(), key.as_ref(), ca.as_ref());
+                tls.map(Some).map_err(|error| self.wrong(TLS_KEYS[0], error))
+            }
+            given => {
+                let missing =
+                    given.iter().zip(TLS_KEYS).find(|(file, _)| file.is_none()).map_or(TLS_KEYS[0], |(_, key)| key);
+                let remedy =
+                    format!("TLS needs all of {}", TLS_KEYS.map(|key| SETTINGS[index_of(key)].variable).join(", "));
+                Err(SettingsError::Missing { variable: SETTINGS[index_of(missing)].variable, remedy })
+            }
         }
     }
 

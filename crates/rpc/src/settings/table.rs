@@ -85,6 +85,8 @@ pub(super) struct Draft {
     /// The job's key is read once all settings are known.
     pub(super) key: Option<Hidden>,
     pub(super) key_file: Option<String>,
+    /// The files of [`TLS_KEYS`].
+    pub(super) tls: [Option<String>; 3],
     /// Variables of [`Config`] and their values.
     pub(super) device: BTreeMap<&'static str, String>,
     pub(super) log: String,
@@ -98,6 +100,7 @@ impl Draft {
             host_store: None,
             key: None,
             key_file: None,
+            tls: [None, None, None],
             device: BTreeMap::new(),
             log: String::new(),
             log_format: LogFormat::Text,
@@ -136,7 +139,11 @@ pub enum LogFormat {
 pub(super) const NO_SETTINGS: &[(&str, &str)] = &[("FARCALL_CONFIG", "the file that settings are read from")];
 
 /// The settings that [`Config::from_env`] reads.
-const DEVICE_KEYS: &[&str] = &["devices", "cpu_streams", "check", "idle_bytes"];
+const DEVICE_KEYS: &[&str] = &["devices", "cuda", "cpu_streams", "check", "idle_bytes"];
+
+/// The settings of TLS: all or none.
+pub(super) const TLS_KEYS: [&str; 3] = ["tls_cert", "tls_key", "tls_ca"];
+const PEM: Kind = Kind::Text("the path of a PEM file");
 
 const INTERFACE: Kind = Kind::Text(
     "names or beginnings of names of interfaces, such as `eth0` or `eth,ib`; `=eth0` for that name alone; `^docker,lo` for all \
@@ -181,6 +188,15 @@ settings! {
     "key_file", "FARCALL_KEY_FILE", Kind::Text("the path of a file"), "",
         "a file with the job's key that nobody else can read",
         |draft, text| value::text(text).map(|path| draft.key_file = Some(path));
+    "tls_cert", "FARCALL_TLS_CERT", PEM, "",
+        "a certificate for TLS over TCP, then its chain; all three or none, in builds with the feature `tls`",
+        |draft, text| value::text(text).map(|path| draft.tls[0] = Some(path));
+    "tls_key", "FARCALL_TLS_KEY", PEM, "",
+        "the certificate's private key",
+        |draft, text| value::text(text).map(|path| draft.tls[1] = Some(path));
+    "tls_ca", "FARCALL_TLS_CA", PEM, "",
+        "the authority that all workers' certificates are of",
+        |draft, text| value::text(text).map(|path| draft.tls[2] = Some(path));
     "transport", "FARCALL_TRANSPORT", Kind::Text("`auto`, `tcp` or `unix`"), "auto",
         "which sockets are used: Unix sockets between one user's workers on one host and TCP else, or one kind alone",
         |draft, text| text.parse().ok().map(|transport| draft.options.transport = transport);
@@ -202,7 +218,7 @@ settings! {
     "join_timeout", "FARCALL_JOIN_TIMEOUT", Kind::Duration, "60s",
         "how long joining may take",
         |draft, text| value::duration(text).map(|timeout| draft.options.join_timeout = timeout);
-    "connect_timeout", "FARCALL_CONNECT_TIMEOUT", Kind::Duration, "1900ms",
+    "connect_timeout", "FARCALL_CONNECT_TIMEOUT", Kind::Duration, "1600ms",
         "how long a connection to another worker may take, its welcome included",
         |draft, text| value::duration(text).map(|timeout| draft.options.connect_timeout = timeout);
     "peer_timeout", "FARCALL_PEER_TIMEOUT", Kind::Duration, "1600ms",
@@ -246,8 +262,11 @@ settings! {
             Some(())
         };
     "devices", "FARCALL_DEVICES", Kind::Text("`emulated:N`"), "",
-        "emulate N devices on the CPU, as `cuda:0` to `cuda:N-1`",
+        "emulate N devices on the CPU, as `cuda:0` to `cuda:N-1`, in place of real ones",
         |draft, text| draft.device("FARCALL_DEVICES", text);
+    "cuda", "FARCALL_CUDA", Kind::Text("`auto`, `off` or `require`"), "auto",
+        "whether CUDA devices are used: those that are there, none, or at least one",
+        |draft, text| draft.device("FARCALL_CUDA", text);
     "cpu_streams", "FARCALL_CPU_STREAMS", Kind::Text("`inline`, `threads:SEED` or `chaos:SEED`"), "inline",
         "how streams of the CPU and of emulated devices run: at once, on threads, or not until they must",
         |draft, text| draft.device("FARCALL_CPU_STREAMS", text);

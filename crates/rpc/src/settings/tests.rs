@@ -263,6 +263,17 @@ fn a_key_is_read_from_one_place_and_shown_in_none() {
 }
 
 #[test]
+fn tls_needs_all_of_its_files() {
+    let cert = ("FARCALL_TLS_CERT", "/nowhere/cert.pem");
+    let all = "TLS needs all of FARCALL_TLS_CERT, FARCALL_TLS_KEY, FARCALL_TLS_CA";
+    assert_eq!(error(&[WHOLE, &[cert]].concat()), format!("FARCALL_TLS_KEY: not set; {all}"));
+    let files = [cert, ("FARCALL_TLS_KEY", "/nowhere/key.pem"), ("FARCALL_TLS_CA", "/nowhere/ca.pem")];
+    // The file is missing, or TLS is not built in.
+    let error = error(&[WHOLE, &files].concat());
+    assert!(error.starts_with("variable FARCALL_TLS_CERT: tls_cert: "), "{error}");
+}
+
+#[test]
 fn a_launcher_counts_where_no_rank_is_set() {
     let told = settings(TORCHRUN).expect("settings");
     assert_eq!(entry(&told, "rank"), ("torchrun, RANK".into(), "5".into()));
