@@ -313,7 +313,7 @@ fn bury(dead: Vec<Watched>) {
         }
         // Foreign code hears of it: wakers, releases of memory.
         if catch_unwind(AssertUnwindSafe(|| endpoint.on_death())).is_err() {
-            tracing::error!("a panic while a connection was closed");
+            crate::limited!(error, "a panic while a connection was closed");
         }
     }
 }
