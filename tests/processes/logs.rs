@@ -56,6 +56,6 @@ fn a_lost_worker_is_one_line() {
         for field in ["message\":\"lost a worker", "level\":\"WARN", "peer\":\"w2", "worker\":\"w1", "rank\":1"] {
             assert!(line.contains(field), "{field}: {line}");
         }
-        assert!(line.contains("ended without a goodbye"), "{line}");
+        assert!(line.contains("process died"), "{line}");
     });
 }
