@@ -153,9 +153,18 @@ impl Driver {
             (true, false) => self.wake_leader(),
             (false, _) => {}
         }
-        let result = f();
-        lock(&self.pool).running += 1;
-        result
+        /// Whatever `f` does: the job runs on, and is counted again.
+        struct Blocked<'a>(&'a Driver);
+        impl Drop for Blocked<'_> {
+            fn drop(&mut self) {
+                RUNNING.set(self.0);
+                lock(&self.0.pool).running += 1;
+            }
+        }
+        let _blocked = Blocked(self);
+        // What `f` drives meanwhile may wait, too: it is no job.
+        RUNNING.set(ptr::null());
+        f()
     }
 
     /// Waits for events, unless jobs wait already, and hands them to their sources.
@@ -311,7 +320,9 @@ impl Driver {
                     next_beat = None;
                     self.beating.store(false, Ordering::SeqCst);
                     // Who came meanwhile may have seen it beat.
-                    self.beating.store(!lock(&self.sources).controls().is_empty(), Ordering::SeqCst);
+                    if !lock(&self.sources).controls().is_empty() {
+                        self.beating.store(true, Ordering::SeqCst);
+                    }
                 }
             }
             if !ticked {
