@@ -62,6 +62,13 @@ struct State {
     over: bool,
 }
 
+impl State {
+    /// Whether the network is owed bytes that it can still take.
+    fn wants_write(&self) -> bool {
+        self.tls.wants_write() && !self.network_ended
+    }
+}
+
 impl Session {
     /// Puts TLS between `network` and the socket that it gives, which is connected at once.
     pub(crate) fn start(driver: &Driver, network: Socket, tls: Connection, connected: bool) -> io::Result<Socket> {
@@ -114,13 +121,13 @@ impl Session {
             }
             driver.schedule(since + CLOSE_MAX);
         }
-        if state.local_ended.is_some() && !state.tls.wants_write() {
+        if state.local_ended.is_some() && !state.wants_write() {
             let _ = self.network.socket().shutdown(Shutdown::Write);
             if state.network_ended {
                 return self.end(driver, &mut state);
             }
         }
-        let writes = state.tls.wants_write();
+        let writes = state.wants_write();
         let mut network = EventFlags::empty();
         network.set(EventFlags::IN, state.plain.is_empty() && !state.network_ended && state.connected);
         network.set(EventFlags::OUT, writes || !state.connected);
@@ -181,13 +188,14 @@ impl Session {
 
     fn send_network(&self, state: &mut State) -> Result<usize, Goodbye> {
         let mut sent = 0;
-        while state.tls.wants_write() {
+        while state.wants_write() {
             match state.tls.write_tls(&mut Nonblocking(self.network.socket())) {
                 Ok(len) => sent += len,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // What the peer has said before it went may still be read.
                 Err(_) => {
                     state.network_ended = true;
+                    let _ = self.local.socket().shutdown(Shutdown::Write);
                     return Ok(0);
                 }
             }
@@ -266,7 +274,7 @@ impl Session {
 
     /// Takes what the endpoint sends.
     fn hear(&self, state: &mut State) -> Result<usize, Goodbye> {
-        if state.tls.wants_write() || state.local_ended.is_some() {
+        if state.wants_write() || state.local_ended.is_some() {
             return Ok(0);
         }
         let mut chunk = [0; CHUNK_BYTES];
@@ -279,7 +287,10 @@ impl Session {
         }
         match tcp::recv_into(self.local.socket(), &mut chunk) {
             Ok(Progress::Bytes(len)) => {
-                state.tls.writer().write_all(&chunk[..len]).map_err(unreachable)?;
+                // To nobody, once the network has ended: read only until the end on this side, too.
+                if !state.network_ended {
+                    state.tls.writer().write_all(&chunk[..len]).map_err(unreachable)?;
+                }
                 Ok(len)
             }
             Ok(Progress::WouldBlock) => Ok(0),
