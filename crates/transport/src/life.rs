@@ -1,7 +1,7 @@
 //! Whether a process of this host lives, told by the kernel the moment it dies.
 //!
 //! Each process shares a page with a robust futex: a word that holds the id of a thread which does nothing but live. When that
-//! thread dies, by whatever signal, the kernel marks the word and wakes who sleeps on it, before it takes the process's memory
+//! thread dies, by whatever signal (after the core dump, if there is one), the kernel marks the word and wakes who sleeps on it, before it takes the process's memory
 //! and descriptors apart. A socket's end comes later: after gigabytes were freed, or never, while a forked child holds a copy.
 //! Peers open the page through the process's entry in `/proc`, read-only, and one thread of this process sleeps on all of them.
 //!
