@@ -203,7 +203,7 @@ fn told_of_death(processes: &mut Processes, agent: &Agent, killed: usize) -> Dur
 #[test]
 fn a_death_is_told_at_once_though_a_gibibyte_is_to_be_freed() {
     bounded(|| {
-        let (mut processes, agent) = Processes::serving(2);
+        let (mut processes, agent) = Processes::serving_near(2);
         agent.to("w1").call(keep_mib, (1024,)).wait().expect("memory");
         let told = told_of_death(&mut processes, &agent, 1);
         println!("told within {told:?}");
@@ -217,7 +217,7 @@ fn a_death_is_told_at_once_though_a_gibibyte_is_to_be_freed() {
 #[test]
 fn a_death_is_told_at_once_though_a_child_holds_the_sockets() {
     bounded(|| {
-        let (mut processes, agent) = Processes::serving(2);
+        let (mut processes, agent) = Processes::serving_near(2);
         let heir = agent.to("w1").call(leave_an_heir, ()).wait().expect("a child");
         let told = told_of_death(&mut processes, &agent, 1);
         println!("told within {told:?}");

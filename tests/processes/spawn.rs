@@ -184,6 +184,14 @@ impl Processes {
         (processes, agent)
     }
 
+    /// The same, told of deaths by the kernel, which takes more than TCP.
+    pub(crate) fn serving_near(n: usize) -> (Self, Agent) {
+        let modes: Vec<_> = std::iter::once(None).chain(vec![Some("serve"); n]).collect();
+        let processes = Self::start(&modes, &[("FARCALL_TRANSPORT", "auto")]);
+        let agent = processes.join(|options| options.transport = Transport::Auto);
+        (processes, agent)
+    }
+
     /// The same over TCP, which the kernel has tables of.
     pub(crate) fn serving_over_tcp(n: usize) -> (Self, Agent) {
         let modes: Vec<_> = std::iter::once(None).chain(vec![Some("serve"); n]).collect();
