@@ -133,3 +133,47 @@ fn nested_calls_complete_with_a_single_handler_at_a_time() {
         group.shutdown();
     });
 }
+
+/// Much waits on both sides for the other to read: neither may stop reading for that.
+#[test]
+fn two_workers_that_flood_each_other_lose_nothing() {
+    bounded(|| {
+        let group = Group::with(2, |options| options.limits.backlog_bytes_max = 256 << 10);
+        let x = counting(&[15 << 10]); // 60 KiB: inline
+        let flood = |from: usize, to: &'static str| -> Vec<_> {
+            (0..1000).map(|_| group.agents[from].to(to).call(echo, (&x,)).into_future()).collect()
+        };
+        let calls = [flood(0, "w1"), flood(1, "w0")];
+        for call in calls.into_iter().flatten() {
+            assert_eq!(block_on(call).expect("an echo").numel(), 15 << 10);
+        }
+        group.shutdown();
+    });
+}
+
+/// Cancelled at every moment between their making and their answer, calls leave no place taken.
+#[test]
+fn calls_that_are_dropped_at_any_moment_keep_no_place() {
+    bounded(|| {
+        let group = with_window(2, 1 << 30);
+        let w1 = group.agents[0].to("w1");
+        let flooding = std::thread::spawn({
+            let agent = group.agents[0].clone();
+            move || {
+                for round in 0..5000_i64 {
+                    let reply = agent.to("w1").call(add, (round, 1));
+                    if round % 3 == 0 {
+                        std::thread::yield_now();
+                    }
+                    drop(reply);
+                }
+            }
+        });
+        for round in 0..3000 {
+            assert_eq!(w1.call(add, (round, 1)).wait().expect("a place"), round + 1);
+        }
+        flooding.join().expect("no panic");
+        group.answers();
+        group.shutdown();
+    });
+}

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use crate::functions::add;
 use crate::harness::{bounded, step};
 
-use super::raw::{Descriptor, REPLY, RawPeer, Target, U8, assert_says, control, echo_request, hello, timed};
+use super::raw::{
+    Descriptor, Frame, PING, REPLY, RawPeer, Target, U8, assert_says, control, echo_request, hello, timed,
+};
 
 /// How long a hello may take, with room for a busy machine.
 const REFUSED_WITHIN: Duration = Duration::from_secs(9);
@@ -93,33 +95,40 @@ fn echo_32_kib(call: u64) -> Vec<u8> {
     echo_request(call, &Descriptor::inline(U8, &[32 << 10], 32 << 10), &[5; 32 << 10]).bytes()
 }
 
-/// LIMITS: who reads nothing is read no more, so that it cannot have memory filled for it; reading nothing at all for as long as
-/// nobody may be silent, it is lost.
+/// LIMITS: answers that are not taken keep their calls' places, so that nobody can have memory filled by not reading.
 #[test]
-fn a_peer_that_reads_nothing_is_not_read_either_and_then_lost() {
+fn a_peer_that_takes_no_answers_is_refused_when_its_window_is_full() {
+    bounded(|| {
+        let target = Target::with(|options| options.limits.requests_max = 64);
+        let mut flood = target.peer();
+        let mut sent = 0;
+        while flood.try_send(&echo_32_kib(sent)) {
+            sent += 1;
+            assert!(sent < 1 << 16, "the worker takes everything");
+        }
+        println!("{sent} requests of 32 KiB were sent, those after the refusal included");
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// It speaks, but takes nothing of much that waits for it: lost, as if it were silent.
+#[test]
+fn a_peer_that_takes_nothing_is_lost() {
     bounded(|| {
         let target = Target::with(|options| options.limits.backlog_bytes_max = 1 << 20);
         let mut flood = target.peer();
         let started = Instant::now();
-        // Blocks once the worker reads no more and the kernel's buffers are full, fails when it has closed. What is sent between
-        // the worker's goodbye and its end is read and dropped.
-        let (mut sent, mut blocked) = (0, Duration::ZERO);
-        loop {
-            let before = started.elapsed();
-            let taken = flood.try_send(&echo_32_kib(sent));
-            blocked = blocked.max(started.elapsed() - before);
-            if !taken {
-                break;
-            }
-            sent += 1;
-            assert!(started.elapsed() < Duration::from_secs(10), "the worker takes everything");
+        for call in 0..512 {
+            flood.try_send(&echo_32_kib(call));
         }
-        println!(
-            "{sent} requests of 32 KiB; one was not taken for {blocked:?}, the end came after {:?}",
-            started.elapsed()
-        );
-        assert!(blocked > Duration::from_secs(1), "{blocked:?}");
-        assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+        // Each ping is a sign of life.
+        while flood.try_send(&Frame::new(PING).bytes()) {
+            assert!(started.elapsed() < Duration::from_secs(10), "it is kept");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        println!("lost after {:?}", started.elapsed());
+        assert!(started.elapsed() > Duration::from_millis(1200), "{:?}", started.elapsed());
         target.serves_others();
         target.shutdown();
     });

@@ -453,9 +453,10 @@ impl To<'_> {
             }
             let call = local.insert(Arc::clone(slot));
             local.admit(call, 0);
+            // Before its deadline can be looked at.
+            slot.set_origin(Origin::Here { agent: Weak::clone(&agent.this), scope, call });
             call
         };
-        slot.set_origin(Origin::Here { agent: Weak::clone(&agent.this), scope, call });
         agent.driver.schedule(slot.deadline);
         let this = Weak::clone(&agent.this);
         // It only hands on; what the handler costs is accounted with the handler.

@@ -234,7 +234,8 @@ impl<T: DeserializeOwned> Reply<T> {
         &self.slot
     }
 
-    /// Lets the call go on without a waiter: its value and its failure are nobody's.
+    /// Lets the call go on without a waiter: its value and its failure are nobody's. One that was made by
+    /// [`Call::to`](crate::Call::to) still ends with the call in whose name it was made.
     pub fn detach(mut self) {
         self.detached = true;
     }

@@ -23,7 +23,7 @@ use crate::error::{Failure, Stage};
 use crate::function::{AnswerFuture, HandlerKind};
 use crate::registry::{Registered, Registry};
 use crate::scope::Scope;
-use crate::table::{Abandoned, CallTable, Overdue, Window};
+use crate::table::{Abandoned, Admission, CallTable, Overdue, Window};
 use crate::{CallError, CallId};
 
 /// Functions one peer may announce on one connection.
@@ -56,6 +56,10 @@ struct Calls {
     table: CallTable,
     /// Requests for which the window has no room yet, in the order in which they were made.
     queue: VecDeque<Request>,
+    /// Requests of the queue whose calls have ended.
+    ended: usize,
+    /// A thread sends from the queue: others add to its end, so that the order stays.
+    draining: bool,
 }
 
 /// A request that is fit to be sent.
@@ -83,25 +87,34 @@ struct Served {
     open: HashMap<u64, Arc<Scope>>,
     /// Cancelled while their payload was on its way.
     cancelled_early: HashSet<u64>,
+    /// The endpoint has closed: nobody waits for any answer.
+    closed: bool,
 }
 
 impl Serving {
     /// A request has come: the scope of its handler.
-    fn begin(&self, call: u64, max: usize) -> Result<Arc<Scope>, ProtocolError> {
+    fn begin(&self, call: u64) -> Result<Arc<Scope>, ProtocolError> {
         let mut served = lock(&self.0);
-        if served.open.len() >= max {
-            let (what, max) = ("unanswered requests", max as u64);
-            return Err(ProtocolError::Limit { what, found: max + 1, max });
-        }
         let scope = Arc::new(Scope::default());
         if served.open.insert(call, Arc::clone(&scope)).is_some() {
             let message = format!("call {call} was made twice");
             return Err(ProtocolError::Malformed { what: "request", message });
         }
-        if served.cancelled_early.remove(&call) {
+        if served.closed {
             scope.cancel();
         }
         Ok(scope)
+    }
+
+    /// A request has come; gives whether it was cancelled on its way.
+    fn on_request(&self, call: u64, untaken: usize, max: usize) -> Result<bool, ProtocolError> {
+        let mut served = lock(&self.0);
+        let unanswered = served.open.len() + untaken;
+        if unanswered >= max {
+            let (found, max) = (unanswered as u64 + 1, max as u64);
+            return Err(ProtocolError::Limit { what: "unanswered requests", found, max });
+        }
+        Ok(served.cancelled_early.remove(&call))
     }
 
     fn end(&self, call: u64) {
@@ -119,7 +132,12 @@ impl Link {
             agent: Weak::clone(agent),
             devices: upgraded.map(|agent| agent.device_map(&worker.name)).unwrap_or_default(),
             worker: Arc::new(worker),
-            calls: Mutex::new(Calls { table: CallTable::new(window), queue: VecDeque::new() }),
+            calls: Mutex::new(Calls {
+                table: CallTable::new(window),
+                queue: VecDeque::new(),
+                ended: 0,
+                draining: false,
+            }),
             functions: Mutex::default(),
             serving: Arc::default(),
         })
@@ -168,6 +186,12 @@ impl Link {
         let (link, to) = (Arc::downgrade(self), Arc::downgrade(endpoint));
         slot.set_origin(Origin::Peer { link, endpoint: to, call });
         endpoint.driver().schedule(slot.deadline);
+        if let Some(cause) = endpoint.closed() {
+            // Closed between the choice of the route and now: nobody keeps its time any more.
+            lock(&self.calls).table.remove(call);
+            slot.complete(Err(lost(&slot.id, endpoint, cause)));
+            return;
+        }
         let pending = std::mem::take(&mut staged.pending);
         let request = Request { slot: Arc::clone(slot), call, function: Arc::clone(function), metadata, staged };
         if pending.is_empty() {
@@ -188,17 +212,19 @@ impl Link {
     /// Sends the request if there is room in the window, behind those that wait for some already; else it waits, too.
     fn send_request(&self, endpoint: &Arc<Endpoint>, request: Request) {
         let (slot, call) = (Arc::clone(&request.slot), request.call);
-        let admitted = {
-            let mut calls = lock(&self.calls);
-            if calls.queue.is_empty() && calls.table.admit(call, request.bytes()) {
-                Some(request)
-            } else {
-                calls.queue.push_back(request);
-                None
+        let mut calls = lock(&self.calls);
+        let first = calls.queue.is_empty() && !calls.draining;
+        match first.then(|| calls.table.admit(call, request.bytes())) {
+            Some(Admission::Sent) => {
+                drop(calls);
+                self.transmit(endpoint, &request);
             }
-        };
-        if let Some(request) = admitted {
-            self.transmit(endpoint, &request);
+            // Cancelled, or its deadline passed, meanwhile.
+            Some(Admission::Over) => drop(calls),
+            Some(Admission::Full) | None => {
+                calls.queue.push_back(request);
+                drop(calls);
+            }
         }
         if let Some(cause) = endpoint.closed() {
             // Closed between the insertion and now: `on_closed` may have run before it.
@@ -223,24 +249,39 @@ impl Link {
             // Its close may have taken the slot already; a slot is completed once.
             lock(&self.calls).table.remove(*call);
             slot.complete(Err(send_error(&slot.id, endpoint, error)));
+            // Its place is another's.
+            self.send_queued(endpoint);
+        } else if slot.is_done() && lock(&self.calls).table.is_abandoned(*call) {
+            // Its cancellation may have overtaken it.
+            send_cancel(endpoint, *call);
         }
     }
 
-    /// Sends what waits, as far as the window lets it.
+    /// Sends what waits, as far as the window lets it, in the order in which it was made.
     fn send_queued(&self, endpoint: &Arc<Endpoint>) {
+        {
+            let mut calls = lock(&self.calls);
+            if calls.draining || calls.queue.is_empty() {
+                return;
+            }
+            calls.draining = true;
+        }
         loop {
-            let request = {
-                let mut calls = lock(&self.calls);
-                let Calls { table, queue } = &mut *calls;
-                match queue.front() {
-                    Some(next) if table.admit(next.call, next.bytes()) => queue.pop_front(),
-                    _ => None,
-                }
+            let mut calls = lock(&self.calls);
+            let Calls { table, queue, ended, draining } = &mut *calls;
+            let admission = queue.front().map(|next| table.admit(next.call, next.bytes()));
+            let request = match admission {
+                Some(Admission::Sent | Admission::Over) => queue.pop_front(),
+                Some(Admission::Full) | None => None,
             };
+            if admission == Some(Admission::Over) {
+                *ended = ended.saturating_sub(1);
+            }
+            *draining = request.is_some();
+            drop(calls);
             match request {
-                // Nobody waits for it any more: it took no place.
-                Some(request) if request.slot.is_done() => {}
-                Some(request) => self.transmit(endpoint, &request),
+                Some(request) if admission == Some(Admission::Sent) => self.transmit(endpoint, &request),
+                Some(ended) => drop(ended),
                 None => return,
             }
         }
@@ -249,9 +290,29 @@ impl Link {
     /// Nobody waits for the call's answer any more.
     pub(crate) fn abandon(&self, endpoint: &Arc<Endpoint>, call: u64) {
         let abandoned = lock(&self.calls).table.abandon(call);
-        if abandoned == Abandoned::Sent {
-            send_cancel(endpoint, call);
+        match abandoned {
+            Abandoned::Sent => send_cancel(endpoint, call),
+            Abandoned::NotSent => self.forget_ended(endpoint, 1),
+            Abandoned::Over => {}
         }
+    }
+
+    /// So many more calls of the queue have ended: what they hold goes, once that is worth a look at all, and those behind them
+    /// have their turn.
+    fn forget_ended(&self, endpoint: &Arc<Endpoint>, more: usize) {
+        let gone: VecDeque<Request> = {
+            let mut calls = lock(&self.calls);
+            calls.ended += more;
+            if 2 * calls.ended < calls.queue.len() {
+                return;
+            }
+            calls.ended = 0;
+            let (gone, left) = calls.queue.drain(..).partition(|request: &Request| request.slot.is_done());
+            calls.queue = left;
+            gone
+        };
+        drop(gone);
+        self.send_queued(endpoint);
     }
 
     fn on_announcement(&self, frame: &Frame) -> Result<(), ProtocolError> {
@@ -277,10 +338,16 @@ impl Link {
             let message = format!("request for function id {}, which was not announced", frame.function);
             return Err(ProtocolError::Malformed { what: "request", message });
         };
+        let max = endpoint.driver().config().limits.requests_max;
+        let cancelled = self.serving.on_request(frame.call, endpoint.untaken_answers(), max)?;
         let unanswered = std::mem::take(&mut frame.unanswered);
         let endpoint = Arc::clone(endpoint);
         let mut reply = ReplyTo { endpoint, call: frame.call, answered: false, unanswered, serving: None };
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
+        if cancelled {
+            reply.send(Err(Failure::Cancelled), Some(turn));
+            return Ok(());
+        }
         let registered = match target {
             Ok(registered) => registered,
             Err(failure) => {
@@ -294,7 +361,7 @@ impl Link {
         }
         let mut scope = None;
         if !registered.inline {
-            scope = Some(self.serving.begin(frame.call, agent.driver.config().limits.requests_max)?);
+            scope = Some(self.serving.begin(frame.call)?);
             reply.serving = Some(Arc::clone(&self.serving));
         }
         let cx = Call {
@@ -583,6 +650,7 @@ impl Peer for Link {
     fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>) {
         let (slots, queue) = {
             let mut calls = lock(&self.calls);
+            (calls.ended, calls.draining) = (0, false);
             (calls.table.take_all(), std::mem::take(&mut calls.queue))
         };
         for slot in slots {
@@ -590,7 +658,11 @@ impl Peer for Link {
         }
         drop(queue);
         // Nobody waits for the answers: the handlers need not go on.
-        let scopes = std::mem::take(&mut lock(&self.serving.0).open);
+        let scopes = {
+            let mut served = lock(&self.serving.0);
+            served.closed = true;
+            std::mem::take(&mut served.open)
+        };
         scopes.values().for_each(|scope| scope.cancel());
         if let Some(agent) = self.agent.upgrade() {
             agent.forget(&self.worker, endpoint);
@@ -609,22 +681,17 @@ impl Peer for Link {
 
     fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant> {
         let (overdue, next) = lock(&self.calls).table.take_overdue(now);
-        let mut queued = false;
+        let mut queued = 0;
         for Overdue { slot, call, abandoned } in overdue {
             slot.expire(reached(endpoint));
             match abandoned {
                 Abandoned::Sent => send_cancel(endpoint, call),
-                Abandoned::NotSent => queued = true,
+                Abandoned::NotSent => queued += 1,
                 Abandoned::Over => {}
             }
         }
-        if queued {
-            // What they hold goes now, not when their turn would have come.
-            let mut calls = lock(&self.calls);
-            let (ended, left) = calls.queue.drain(..).partition(|request: &Request| request.slot.is_done());
-            calls.queue = left;
-            drop(calls);
-            drop::<VecDeque<Request>>(ended);
+        if queued > 0 {
+            self.forget_ended(endpoint, queued);
         }
         next
     }

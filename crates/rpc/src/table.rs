@@ -35,6 +35,17 @@ enum Entry {
     },
 }
 
+/// Whether a request may be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Admission {
+    /// It has its place, and must be sent.
+    Sent,
+    /// There is no place: it must wait.
+    Full,
+    /// Its call has ended: it must not be sent.
+    Over,
+}
+
 /// What became of a call that nobody waits for any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Abandoned {
@@ -48,6 +59,8 @@ pub(crate) enum Abandoned {
 /// See the module.
 pub(crate) struct CallTable {
     window: Window,
+    /// Of entries that are new.
+    generation: u32,
     entries: Vec<(u32, Entry)>,
     free: Vec<u32>,
     waiting: usize,
@@ -57,7 +70,7 @@ pub(crate) struct CallTable {
 
 impl CallTable {
     pub(crate) fn new(window: Window) -> Self {
-        Self { window, entries: Vec::new(), free: Vec::new(), waiting: 0, sent: 0, sent_bytes: 0 }
+        Self { window, generation: 0, entries: Vec::new(), free: Vec::new(), waiting: 0, sent: 0, sent_bytes: 0 }
     }
 
     /// Calls that wait for a reply.
@@ -72,7 +85,7 @@ impl CallTable {
 
     pub(crate) fn insert(&mut self, slot: Arc<Slot>) -> u64 {
         let index = self.free.pop().unwrap_or_else(|| {
-            self.entries.push((0, Entry::Free));
+            self.entries.push((self.generation, Entry::Free));
             (self.entries.len() - 1) as u32
         });
         let (generation, entry) = &mut self.entries[index as usize];
@@ -81,13 +94,15 @@ impl CallTable {
         u64::from(*generation) << 32 | u64::from(index)
     }
 
-    /// Takes a place in the window for a request with `bytes` of tensors; `false` if there is none, and the request must wait.
-    /// A call that has ended takes none, and need not be sent.
-    pub(crate) fn admit(&mut self, call: u64, bytes: u64) -> bool {
+    /// Takes a place in the window for a request with `bytes` of tensors.
+    pub(crate) fn admit(&mut self, call: u64, bytes: u64) -> Admission {
+        if !matches!(self.entry(call), Some(Entry::Waiting { sent: None, .. })) {
+            return Admission::Over;
+        }
         let full = self.sent >= self.window.requests
             || (self.sent > 0 && self.sent_bytes.saturating_add(bytes) > self.window.bytes);
         if full {
-            return false;
+            return Admission::Full;
         }
         if let Some(Entry::Waiting { slot, sent: sent @ None }) = self.entry(call) {
             slot.set_sent();
@@ -95,7 +110,12 @@ impl CallTable {
             self.sent += 1;
             self.sent_bytes += bytes;
         }
-        true
+        Admission::Sent
+    }
+
+    /// Whether nobody waits for the answer that is still to come.
+    pub(crate) fn is_abandoned(&mut self, call: u64) -> bool {
+        matches!(self.entry(call), Some(Entry::Abandoned { .. }))
     }
 
     /// The answer came: the call's place is free. Gives the slot that waits for it, if one does.
@@ -169,7 +189,9 @@ impl CallTable {
             _ => None,
         });
         let slots = slots.collect();
-        *self = Self::new(self.window);
+        // What is still on its way to this table must meet no later call.
+        let generation = self.generation.wrapping_add(1);
+        *self = Self { generation, ..Self::new(self.window) };
         slots
     }
 
@@ -201,13 +223,17 @@ mod tests {
         CallTable::new(Window { requests, bytes })
     }
 
+    fn is_sent(admission: Admission) -> bool {
+        admission == Admission::Sent
+    }
+
     const LONG: Duration = Duration::from_secs(5);
 
     #[test]
     fn a_late_reply_meets_no_later_call() {
         let mut table = table(9, 9);
         let first = table.insert(slot(LONG));
-        assert!(table.admit(first, 0) && table.settle(first).is_some());
+        assert!(is_sent(table.admit(first, 0)) && table.settle(first).is_some());
         let second = table.insert(slot(LONG));
         assert_eq!(first as u32, second as u32, "the index is used again");
         assert!(table.settle(first).is_none());
@@ -222,7 +248,7 @@ mod tests {
         let mut table = table(9, 9);
         let slots: Vec<_> = [3_u64, 1, 2].map(|secs| slot(Duration::from_secs(secs))).into();
         let calls: Vec<_> = slots.iter().map(|slot| table.insert(Arc::clone(slot))).collect();
-        assert!(table.admit(calls[1], 5));
+        assert!(is_sent(table.admit(calls[1], 5)));
         let (overdue, next) = table.take_overdue(slots[1].deadline);
         assert!(overdue.len() == 1 && Arc::ptr_eq(&overdue[0].slot, &slots[1]));
         assert_eq!((overdue[0].call, overdue[0].abandoned), (calls[1], Abandoned::Sent));
@@ -236,14 +262,17 @@ mod tests {
     fn an_abandoned_request_keeps_its_place_until_it_is_answered() {
         let mut table = table(2, 100);
         let calls: Vec<_> = (0..3).map(|_| table.insert(slot(LONG))).collect();
-        assert!(table.admit(calls[0], 1) && table.admit(calls[1], 1) && !table.admit(calls[2], 1));
+        assert_eq!(
+            [0, 1, 2].map(|call| table.admit(calls[call], 1)),
+            [Admission::Sent, Admission::Sent, Admission::Full]
+        );
         assert_eq!(table.abandon(calls[0]), Abandoned::Sent);
         assert_eq!(table.abandon(calls[0]), Abandoned::Over, "once");
         assert_eq!((table.len(), table.waiting()), (3, 2));
-        assert!(!table.admit(calls[2], 1), "the callee works on it");
+        assert_eq!(table.admit(calls[2], 1), Admission::Full, "the callee works on it");
         assert!(table.settle(calls[0]).is_none(), "nobody waits");
-        assert!(table.admit(calls[2], 1));
-        assert!(table.admit(calls[2], 1) || table.sent == 2, "once");
+        assert!(is_sent(table.admit(calls[2], 1)));
+        assert_eq!(table.admit(calls[2], 1), Admission::Over, "once");
         assert_eq!((table.sent, table.sent_bytes), (2, 2));
     }
 
@@ -252,11 +281,15 @@ mod tests {
     fn a_large_request_goes_when_it_is_alone() {
         let mut table = table(9, 100);
         let calls: Vec<_> = (0..3).map(|_| table.insert(slot(LONG))).collect();
-        assert!(table.admit(calls[0], 60) && !table.admit(calls[1], 1000) && table.admit(calls[2], 40));
+        assert!(
+            is_sent(table.admit(calls[0], 60))
+                && !is_sent(table.admit(calls[1], 1000))
+                && is_sent(table.admit(calls[2], 40))
+        );
         table.settle(calls[0]);
-        assert!(!table.admit(calls[1], 1000));
+        assert_eq!(table.admit(calls[1], 1000), Admission::Full);
         table.settle(calls[2]);
-        assert!(table.admit(calls[1], 1000));
+        assert!(is_sent(table.admit(calls[1], 1000)));
         assert_eq!(table.abandon(calls[2]), Abandoned::Over);
     }
 
@@ -264,11 +297,11 @@ mod tests {
     fn a_call_that_was_never_sent_leaves_nothing_behind() {
         let mut table = table(1, 100);
         let calls: Vec<_> = (0..2).map(|_| table.insert(slot(LONG))).collect();
-        assert!(table.admit(calls[0], 0) && !table.admit(calls[1], 0));
+        assert!(is_sent(table.admit(calls[0], 0)) && !is_sent(table.admit(calls[1], 0)));
         assert_eq!(table.abandon(calls[1]), Abandoned::NotSent);
         assert_eq!(table.len(), 1);
         table.settle(calls[0]);
-        assert!(table.admit(calls[1], 7), "it has ended, and need not wait");
+        assert_eq!(table.admit(calls[1], 7), Admission::Over);
         assert_eq!((table.sent, table.sent_bytes), (0, 0));
     }
 }

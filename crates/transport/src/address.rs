@@ -83,7 +83,8 @@ pub struct Limits {
     /// Tensor bytes of one peer's requests that are not answered, unless it is a single request. More wait at the caller.
     /// Default 4 GiB.
     pub request_bytes_max: u64,
-    /// Bytes that wait to be taken by one peer, beside tensors: from then on nothing is read from it. Default 64 MiB.
+    /// Bytes that wait to be taken by one peer, beside tensors: with more, it is lost if it takes nothing for as long as it may be
+    /// silent. Default 64 MiB.
     pub backlog_bytes_max: usize,
 }
 

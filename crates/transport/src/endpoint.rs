@@ -8,8 +8,9 @@
 //! Invariant E1: `close` runs once; every waiter hears of it through [`Peer::on_closed`].
 //! Invariant R1: payload above the inline limit travels on the bulk connection, in chunks taken from its transfers in
 //! turn; control frames never wait for it.
-//! Invariant LIMITS: a peer that does not take what it is sent is not read either, and lost if it takes nothing for as long as
-//! it may be silent.
+//! Invariant LIMITS: answers that a peer does not take keep their calls' places in its window; if much waits for it and it takes
+//! nothing for as long as it may be silent, it is lost. (Not reading such a peer would be no answer: two that wait for each other
+//! to read would do so for ever.)
 //! Invariant BOUNDED: each side sends a ping with every heartbeat of its own, whatever else it does or computes; a peer of which
 //! nothing was heard for four of them, on either connection, is lost.
 //! Lock order: `rx` → (`transfers`, `bulk_rx`) and `tx` → `bulk`; `interest` is innermost.
@@ -21,7 +22,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,10 @@ struct Tx {
     /// Encoded frames; `sent` bytes of them are with the kernel.
     wire: Vec<u8>,
     sent: usize,
+    /// Bytes of all frames so far that are with the kernel.
+    taken: u64,
+    /// Where, counted like `taken`, the answers end that are not all with the kernel.
+    answers: VecDeque<u64>,
     next_transfer: u64,
     /// Interned functions announced on this connection, by id.
     announced: Vec<bool>,
@@ -83,8 +88,8 @@ pub struct Endpoint {
     heard: AtomicU32,
     /// The last heartbeat of this side before the peer took bytes.
     took: AtomicU32,
-    /// Nothing is read, since the peer does not take what it is sent.
-    paused: AtomicBool,
+    /// Answers that wait to be taken by the peer's socket.
+    untaken: AtomicUsize,
     opened_at: Instant,
     remote: OnceLock<WorkerInfo>,
     peer: OnceLock<Arc<dyn Peer>>,
@@ -154,7 +159,14 @@ impl Endpoint {
             control: driver.register(socket),
             proof: Mutex::new(None),
             rx: Mutex::new(Receiver::new(limits, driver.config().runtime.clone())),
-            tx: Mutex::new(Tx { wire: Vec::new(), sent: 0, next_transfer: 1, announced: Vec::new() }),
+            tx: Mutex::new(Tx {
+                wire: Vec::new(),
+                sent: 0,
+                taken: 0,
+                answers: VecDeque::new(),
+                next_transfer: 1,
+                announced: Vec::new(),
+            }),
             bulk: Mutex::new(Bulk {
                 link: BulkLink::None,
                 key,
@@ -168,7 +180,7 @@ impl Endpoint {
             bulk_stalled: AtomicBool::new(false),
             heard: AtomicU32::new(driver.beats()),
             took: AtomicU32::new(driver.beats()),
-            paused: AtomicBool::new(false),
+            untaken: AtomicUsize::new(0),
             opened_at: Instant::now(),
             remote: OnceLock::new(),
             peer: OnceLock::new(),
@@ -258,8 +270,10 @@ impl Endpoint {
                 return Err(error.into());
             }
         };
-        if tx.wire.len() - tx.sent > config.limits.backlog_bytes_max && !self.paused.swap(true, Ordering::AcqRel) {
-            self.control.want(&self.driver, EventFlags::IN, false);
+        if matches!(outbound.kind, Kind::Reply | Kind::Error) {
+            let end = tx.taken + (tx.wire.len() - tx.sent) as u64;
+            tx.answers.push_back(end);
+            self.untaken.store(tx.answers.len(), Ordering::Release);
         }
         let queued = if bulk.is_empty() { Ok(()) } else { self.queue_bulk(&mut tx, bulk) };
         let sent = queued.and_then(|()| {
@@ -307,6 +321,7 @@ impl Endpoint {
             match tcp::send(self.control.socket(), &[IoSlice::new(&tx.wire[tx.sent..])])? {
                 Progress::Bytes(len) => {
                     tx.sent += len;
+                    tx.taken += len as u64;
                     self.took.store(self.driver.beats(), Ordering::Relaxed);
                 }
                 Progress::WouldBlock | Progress::Ended => {
@@ -316,9 +331,7 @@ impl Endpoint {
                         tx.sent = 0;
                     }
                     self.control.want(&self.driver, EventFlags::OUT, true);
-                    if tx.wire.len() - tx.sent < self.driver.config().limits.backlog_bytes_max / 2 {
-                        self.resume();
-                    }
+                    self.count_taken(tx);
                     return Ok(());
                 }
             }
@@ -327,16 +340,20 @@ impl Endpoint {
         tx.wire.shrink_to(WIRE_KEPT_BYTES);
         tx.sent = 0;
         self.control.want(&self.driver, EventFlags::OUT, false);
-        self.resume();
+        self.count_taken(tx);
         Ok(())
     }
 
-    /// The peer takes what it is sent: its frames are read again. Called under `tx`.
-    fn resume(&self) {
-        if self.paused.load(Ordering::Relaxed) {
-            self.paused.store(false, Ordering::Release);
-            self.control.want(&self.driver, EventFlags::IN, true);
+    fn count_taken(&self, tx: &mut Tx) {
+        while tx.answers.front().is_some_and(|end| *end <= tx.taken) {
+            tx.answers.pop_front();
         }
+        self.untaken.store(tx.answers.len(), Ordering::Release);
+    }
+
+    /// Answers that the peer's socket has not taken: to their caller, these calls are not answered.
+    pub fn untaken_answers(&self) -> usize {
+        self.untaken.load(Ordering::Acquire)
     }
 
     /// The call's request is on its way in: its frame has come, its bulk payload has not.
@@ -423,14 +440,6 @@ impl Endpoint {
 
     /// Reads once, and hands on what came. With [`Wait::Tick`] it sleeps for the first byte.
     fn read_control(self: &Arc<Self>, rx: &mut Receiver, wait: Wait, turn: &mut Turn) -> Result<(), CloseCause> {
-        if self.paused.load(Ordering::Acquire) {
-            self.control.want(&self.driver, EventFlags::IN, false);
-            if self.paused.load(Ordering::Acquire) {
-                return Ok(());
-            }
-            // Resumed in between: whoever did so may have been first.
-            self.control.want(&self.driver, EventFlags::IN, true);
-        }
         let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
         let (progress, bytes) = tcp::recv(self.control.socket(), &mut buffer, wait).map_err(lost)?;
         match progress {
@@ -537,8 +546,7 @@ impl Endpoint {
         let mut turn = Turn::default();
         let mut failed = None;
         // What a bulk connection completes, the driver's leader reads: no reason to sleep here then.
-        let paused = || self.paused.load(Ordering::Acquire);
-        while !done() && self.cause.get().is_none() && !paused() && lock(&self.transfers).is_empty() {
+        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -610,20 +618,23 @@ impl Endpoint {
         if self.status() != Status::Open {
             return;
         }
-        if self.paused.load(Ordering::Relaxed) {
-            // It is not read, but must take something.
-            if beat.wrapping_sub(self.took.load(Ordering::Relaxed)) >= BEATS_MISSED {
-                return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
-            }
-            self.hear();
-        } else if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
+        let silent = CloseCause::Silent { silent: self.driver.config().peer_timeout };
+        if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
             // Who is not read, because a handler holds the reader up, is not silent.
             if !self.has_unread() {
-                return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
+                return self.close(silent);
             }
             self.hear();
         }
         let Ok(mut tx) = self.tx.try_lock() else { return };
+        let backlog = tx.wire.len() - tx.sent;
+        if backlog > self.driver.config().limits.backlog_bytes_max
+            && beat.wrapping_sub(self.took.load(Ordering::Relaxed)) >= BEATS_MISSED
+        {
+            // It speaks, but takes nothing.
+            drop(tx);
+            return self.close(silent);
+        }
         // Bytes that wait to leave will say the same.
         if tx.wire.is_empty() && self.cause.get().is_none() {
             tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
