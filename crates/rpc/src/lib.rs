@@ -21,6 +21,7 @@ mod join;
 mod link;
 mod registry;
 mod scope;
+pub mod sim;
 mod table;
 
 pub use agent::{Agent, Target, To};

@@ -27,7 +27,6 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use socket2::Socket;
 
 use bulk::{Bulk, BulkLink, BulkRx, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
@@ -38,9 +37,12 @@ use crate::auth::{Acceptor, Dialer};
 use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
 use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
+use crate::planted::{self, Bug};
 use crate::receive::{Received, Receiver, Transfers};
+use crate::sim::Census;
+use crate::socket::Socket;
 use crate::tcp::{self, Progress, Wait};
-use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life, local};
+use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life};
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
@@ -169,7 +171,7 @@ impl Endpoint {
             heard: AtomicU32::new(driver.beats()),
             took: AtomicU32::new(driver.beats()),
             paused: AtomicBool::new(false),
-            opened_at: Instant::now(),
+            opened_at: driver.now(),
             remote: OnceLock::new(),
             peer: OnceLock::new(),
             cause: OnceLock::new(),
@@ -304,7 +306,7 @@ impl Endpoint {
 
     fn write_control(&self, tx: &mut Tx) -> Result<(), Errno> {
         while tx.sent < tx.wire.len() {
-            match tcp::send(self.control.socket(), &[IoSlice::new(&tx.wire[tx.sent..])])? {
+            match self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..])])? {
                 Progress::Bytes(len) => {
                     tx.sent += len;
                     self.took.store(self.driver.beats(), Ordering::Relaxed);
@@ -378,7 +380,7 @@ impl Endpoint {
     }
 
     fn hello(&self, role: Role) -> Result<(Vec<u8>, Option<Dialer>), CloseCause> {
-        let hello = Hello::encode(self.driver.config(), role, self.peer_text());
+        let hello = Hello::encode(self.driver.config(), role, self.peer_text(), || self.driver.fresh());
         hello.map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })
     }
 
@@ -432,7 +434,7 @@ impl Endpoint {
             self.control.want(&self.driver, EventFlags::IN, true);
         }
         let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
-        let (progress, bytes) = tcp::recv(self.control.socket(), &mut buffer, wait).map_err(lost)?;
+        let (progress, bytes) = self.control.socket().recv(&mut buffer, wait).map_err(lost)?;
         match progress {
             Progress::WouldBlock => return Ok(()),
             Progress::Ended => {
@@ -567,12 +569,9 @@ impl Endpoint {
 
     /// Waits less than a tick for the control connection to become readable.
     fn poll_readable(&self, timeout: Duration) -> Result<bool, CloseCause> {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
-        match poll(&mut [PollFd::new(self.control.socket(), PollFlags::IN)], Some(&timeout)) {
-            Ok(ready) => Ok(ready > 0),
+        match self.control.socket().poll_readable(timeout) {
             Err(Errno::INTR) => Ok(false),
-            Err(error) => Err(lost(error)),
+            polled => polled.map_err(lost),
         }
     }
 
@@ -583,7 +582,7 @@ impl Endpoint {
         let theirs = self.remote.get().and_then(|remote| remote.local.as_ref());
         let (Some(own), Some(theirs)) = (&self.driver.config().worker.local, theirs) else { return };
         if let Some(life) = theirs.life.filter(|_| own.is_near(theirs))
-            && let Some(process) = local::peer_process(self.control.socket())
+            && let Some(process) = self.control.socket().peer_process()
             && let Err(error) = life::watch(self, process, life)
         {
             tracing::debug!(%error, peer = ?self.peer_id(), "its death will be told by the socket or by silence");
@@ -616,7 +615,9 @@ impl Endpoint {
                 return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
             }
             self.hear();
-        } else if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
+        } else if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED
+            && !(planted::has(Bug::SilenceIgnored) && self.dialed.is_none())
+        {
             // Who is not read, because a handler holds the reader up, is not silent.
             if !self.has_unread() {
                 return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
@@ -626,7 +627,9 @@ impl Endpoint {
         let Ok(mut tx) = self.tx.try_lock() else { return };
         // Bytes that wait to leave will say the same.
         if tx.wire.is_empty() && self.cause.get().is_none() {
-            tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
+            for _ in 0..self.driver.copies(Kind::Ping) {
+                tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
+            }
             let written = self.write_control(&mut tx);
             drop(tx);
             if let Err(error) = written {
@@ -683,6 +686,9 @@ impl Endpoint {
         if self.cause.set(Arc::clone(&cause)).is_err() {
             return;
         }
+        if let Some(host) = self.driver.simulated() {
+            host.note_closed(self.peer_text(), &cause);
+        }
         let before = self.status.swap(Status::Closed as u8, Ordering::AcqRel);
         if let Some(goodbye) = Goodbye::of(&cause) {
             let goodbye = greeting(Kind::Close, &encoded(&goodbye));
@@ -719,6 +725,18 @@ impl Endpoint {
         }
     }
 
+    /// Adds what this endpoint holds, for simulations: they look for what is left over.
+    pub(crate) fn count(&self, census: &mut Census) {
+        let unanswered_bytes = lock(&self.rx).unanswered_bytes();
+        census.unanswered_bytes += unanswered_bytes;
+        census.unanswered_bytes_max = census.unanswered_bytes_max.max(unanswered_bytes);
+        census.parked += lock(&self.transfers).len();
+        let tx = lock(&self.tx);
+        census.backlog_bytes += tx.wire.len() - tx.sent;
+        let bulk = lock(&self.bulk);
+        census.leaving += bulk.queue.len() + usize::from(bulk.current.is_some());
+    }
+
     /// The peer's id for messages: its own word, else what was dialed.
     pub fn peer_id(&self) -> Option<&WorkerId> {
         self.remote.get().map(|info| &info.id)
@@ -747,7 +765,7 @@ pub(crate) fn lost(error: Errno) -> CloseCause {
 /// The outcome of a connect that made the socket writable.
 fn finish_connect(socket: &Socket, route: Option<&Route>) -> Result<(), CloseCause> {
     let outcome = match socket.take_error() {
-        Ok(None) => tcp::prepare(socket),
+        Ok(None) => socket.prepare(),
         Ok(Some(error)) | Err(error) => Err(error),
     };
     outcome.map_err(|source| match route.cloned() {

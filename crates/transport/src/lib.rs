@@ -24,7 +24,11 @@ pub mod fuzzing;
 mod key;
 mod life;
 mod local;
+#[doc(hidden)]
+pub mod planted;
 mod receive;
+pub mod sim;
+mod socket;
 mod store;
 mod strangers;
 mod tcp;
