@@ -260,7 +260,11 @@ impl Endpoint {
                 return Err(error.into());
             }
         };
-        if tx.wire.len() - tx.sent > config.limits.backlog_bytes_max && !self.paused.swap(true, Ordering::AcqRel) {
+        // Before the welcome nothing leaves, and pausing would keep the welcome out.
+        if tx.wire.len() - tx.sent > config.limits.backlog_bytes_max
+            && (self.status() == Status::Open || planted::has(Bug::PausedBeforeWelcome))
+            && !self.paused.swap(true, Ordering::AcqRel)
+        {
             self.control.want(&self.driver, EventFlags::IN, false);
         }
         let queued = if bulk.is_empty() { Ok(()) } else { self.queue_bulk(&mut tx, bulk) };
