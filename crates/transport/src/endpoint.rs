@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
-use bulk::{Bulk, BulkLink, BulkRx, STALL_MAX};
+use bulk::{Bulk, BulkLink, BulkRx, ENDED_MAX, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
 pub(crate) use encode::{encode_frame, encoded, greeting, read_greeting, write_greeting};
 
@@ -668,6 +668,16 @@ impl Endpoint {
                 Some(route) => CloseCause::ConnectTimeout { route, timeout: connect_timeout },
                 None => ProtocolError::Stalled { what, timeout: connect_timeout }.into(),
             });
+            return None;
+        }
+        let ended = match &lock(&self.bulk).link {
+            BulkLink::Ended(since, cause) => Some((*since, cause.clone())),
+            _ => None,
+        };
+        if let Some((since, cause)) = ended
+            && check(since + ENDED_MAX)
+        {
+            self.close(cause);
             return None;
         }
         let stalled = self.bulk_rx.try_lock().ok().and_then(|rx| rx.stalled);

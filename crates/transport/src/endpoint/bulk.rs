@@ -19,6 +19,7 @@ use crate::address::{Goodbye, Role};
 use crate::auth::Dialer;
 use crate::driver::{Registration, Turn};
 use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::planted::{self, Bug};
 use crate::receive::Chunk;
 use crate::socket::Socket;
 use crate::tcp::Progress;
@@ -30,6 +31,8 @@ const BULK_TURN_BYTES: usize = 4 << 20;
 const CHUNK_COST_BYTES: usize = 4 << 10;
 /// How long a bulk connection may hold a chunk whose frame has not come on the control connection.
 pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
+/// How long the control connection may go on without the bulk connection.
+pub(super) const ENDED_MAX: Duration = Duration::from_millis(500);
 
 pub(super) struct Outgoing {
     transfer: u64,
@@ -51,6 +54,8 @@ pub(super) enum BulkLink {
     /// Connected; the acceptor's challenge is to come. None of its bytes beyond the challenge are read before the proof.
     Proving(Registration, Instant, Vec<u8>),
     Open(Registration),
+    /// It ended then, or did not come about; the control connection is to say why.
+    Ended(Instant, CloseCause),
 }
 
 pub(super) struct Bulk {
@@ -139,7 +144,24 @@ impl Endpoint {
         }
         if let Err(cause) = self.write_bulk(&mut bulk) {
             drop(bulk);
-            self.close(cause);
+            self.on_bulk_failure(cause);
+        }
+    }
+
+    /// The bulk connection has failed. A peer that closes, or dies, ends both connections, and the news of this one may be
+    /// first: then the other brings the reason.
+    fn on_bulk_failure(self: &Arc<Self>, cause: CloseCause) {
+        let may_wait =
+            matches!(cause, CloseCause::PeerLost { .. } | CloseCause::Connect { .. } | CloseCause::Refused { .. });
+        if !may_wait || planted::has(Bug::BulkEndsAll) {
+            return self.close(cause);
+        }
+        let now = self.driver.now();
+        let mut bulk = lock(&self.bulk);
+        if let BulkLink::Connecting(link, _) | BulkLink::Proving(link, ..) | BulkLink::Open(link) = &bulk.link {
+            self.driver.remove(link);
+            bulk.link = BulkLink::Ended(now, cause);
+            self.driver.schedule(now + ENDED_MAX);
         }
     }
 
@@ -200,7 +222,7 @@ impl Endpoint {
     pub(crate) fn on_bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) {
         let result = self.bulk_event(flags, turn);
         if let Err(cause) = result {
-            self.close(cause);
+            self.on_bulk_failure(cause);
         }
     }
 
