@@ -6,6 +6,7 @@
 mod demo;
 mod launch;
 mod run;
+mod sim;
 mod weights;
 
 use std::path::PathBuf;
@@ -44,6 +45,24 @@ enum Command {
         #[arg(last = true, required = true, value_name = "PROGRAM")]
         program: Vec<String>,
     },
+    /// Simulate groups of workers on a network that breaks, in virtual time, and check what must hold all the same.
+    Sim {
+        /// How many seeds.
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        seeds: u64,
+        /// The first of them.
+        #[arg(long, value_name = "SEED", default_value_t = 0)]
+        from: u64,
+        /// Threads. Default: one for each processor.
+        #[arg(long, value_name = "J")]
+        jobs: Option<usize>,
+        /// This seed alone, twice: the second time must go as the first.
+        #[arg(long, value_name = "SEED", conflicts_with_all = ["seeds", "from", "jobs"])]
+        seed: Option<u64>,
+        /// Print every event of that seed.
+        #[arg(long, requires = "seed")]
+        trace: bool,
+    },
     /// One worker of the demo.
     #[command(hide = true)]
     DemoWorker {
@@ -58,11 +77,15 @@ pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 fn main() -> ExitCode {
     // Usage errors end here with code 2.
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("FARCALL_LOG").unwrap_or_else(|_| "warn".into());
+    // A simulation's workers lose each other all the time.
+    let level = if matches!(cli.command, Command::Sim { .. }) { "off" } else { "warn" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FARCALL_LOG").unwrap_or_else(|_| level.into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
     let result = match cli.command {
         Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
         Command::Run { n, program } => run::run(n, &program),
+        Command::Sim { seed: Some(seed), trace, .. } => Ok(sim::replay(seed, trace)),
+        Command::Sim { seeds, from, jobs, .. } => Ok(sim::sweep(from, seeds, jobs)),
         Command::DemoWorker { weights } => demo::work(weights.as_deref()).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
