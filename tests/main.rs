@@ -1,5 +1,5 @@
-//! The integration tests, one binary: what calls must do (`conformance`), what no peer may do (`hostile`), and what happens
-//! between real processes (`processes`).
+//! The integration tests, one binary: what calls must do (`conformance`), what no peer may do (`hostile`), what happens
+//! between real processes (`processes`), and what must hold on a simulated network (`sim`).
 //!
 //! `harness.rs` makes groups and bounds every test in time; `functions.rs` is what workers serve, here and in the program
 //! of `worker.rs`.
@@ -9,3 +9,4 @@ mod functions;
 mod harness;
 mod hostile;
 mod processes;
+mod sim;

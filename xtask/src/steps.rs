@@ -33,6 +33,7 @@ pub(crate) const STEPS: &[Step] = &[
         title: "the pack for a machine with a GPU, tried against the fake driver",
         run: gpu_pack::gpu_pack,
     },
+    Step { command: Some("sim"), title: "10,000 seeds of the simulation", run: sim },
     Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
     Step { command: Some(FUZZ_STEP), title: "every decoder against random mutations of stored inputs", run: fuzz },
@@ -70,6 +71,10 @@ const FUZZ_STEP: &str = "fuzz --seconds 20";
 
 /// How long that may take: an input that hangs is found by this.
 const FUZZ_LIMIT: Duration = Duration::from_secs(300);
+
+/// Seeds of the simulation, and how long they may take.
+const SIM_SEEDS: u32 = 10_000;
+const SIM_LIMIT: Duration = Duration::from_secs(180);
 
 /// How long a run under callgrind may take.
 const CALLGRIND_LIMIT: Duration = Duration::from_secs(120);
@@ -189,6 +194,13 @@ pub(crate) fn fake_driver() -> Result<String, Failure> {
     let copied = fs::create_dir_all(&folder).and_then(|()| fs::copy(&library, folder.join("libcuda.so.1")));
     copied.map_err(|error| Shell::new("ls -l").arg(&library).failure(error.to_string()))?;
     Ok(folder.to_string_lossy().into_owned())
+}
+
+/// Groups of agents on a simulated network, on two threads.
+fn sim() -> StepResult {
+    build_release()?;
+    farcall("sim --jobs 2 --seeds").arg(SIM_SEEDS.to_string()).run_within(SIM_LIMIT)?;
+    Ok(Outcome::Passed)
 }
 
 /// Memory, storages, layouts, futures and the codec: wherever `unsafe` is, and what leans on it. With a nightly toolchain,

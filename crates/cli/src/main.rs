@@ -7,6 +7,7 @@ mod config;
 mod demo;
 mod launch;
 mod run;
+mod sim;
 mod weights;
 
 use std::path::PathBuf;
@@ -50,6 +51,24 @@ enum Command {
         #[command(subcommand)]
         command: config::ConfigCommand,
     },
+    /// Simulate groups of workers on a network that breaks, in virtual time, and check what must hold all the same.
+    Sim {
+        /// How many seeds.
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        seeds: u64,
+        /// The first of them.
+        #[arg(long, value_name = "SEED", default_value_t = 0)]
+        from: u64,
+        /// Threads. Default: one for each processor.
+        #[arg(long, value_name = "J")]
+        jobs: Option<usize>,
+        /// This seed alone, twice: the second time must go as the first.
+        #[arg(long, value_name = "SEED", conflicts_with_all = ["seeds", "from", "jobs"])]
+        seed: Option<u64>,
+        /// Print every event of that seed.
+        #[arg(long, requires = "seed")]
+        trace: bool,
+    },
     /// One worker of the demo.
     #[command(hide = true)]
     DemoWorker {
@@ -64,9 +83,10 @@ pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 fn main() -> ExitCode {
     // Usage errors end here with code 2.
     let cli = Cli::parse();
-    // `config` is what is asked when settings are wrong.
-    let is_config = matches!(cli.command, Command::Config { .. });
-    let log = if is_config { Ok(()) } else { farcall::log::init() };
+    // `config` is what is asked when settings are wrong; a simulation's workers lose each other all the time.
+    let is_quiet = matches!(cli.command, Command::Config { .. })
+        || matches!(cli.command, Command::Sim { .. }) && std::env::var_os("FARCALL_LOG").is_none();
+    let log = if is_quiet { Ok(()) } else { farcall::log::init() };
     log.map_err(Into::into).and_then(|()| run(cli.command)).unwrap_or_else(|error| {
         eprintln!("farcall: {error}");
         let mut source = error.source();
@@ -83,6 +103,8 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Config { command } => config::run(&command),
         Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
         Command::Run { n, program } => run::run(n, &program),
+        Command::Sim { seed: Some(seed), trace, .. } => Ok(sim::replay(seed, trace)),
+        Command::Sim { seeds, from, jobs, .. } => Ok(sim::sweep(from, seeds, jobs)),
         Command::DemoWorker { weights } => demo::work(weights.as_deref()).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use farcall_device::Runtime;
 use farcall_device::codec::encode;
+use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
     CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo, is_forked_child,
 };
-use tokio::runtime::Handle;
+use tokio::runtime::{EnterGuard, Handle};
 
 use crate::call::{Origin, Reply, Slot, lock};
 use crate::context::Call;
@@ -56,6 +57,8 @@ pub(crate) struct Inner {
     routes: OnceLock<Vec<Route>>,
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
     interned: RwLock<HashMap<TypeId, Arc<Interned>>>,
+    /// All that were made, in a simulation: there they are counted.
+    simulated_links: Mutex<Vec<Weak<Link>>>,
     me: WorkerId,
     device_maps: HashMap<String, DeviceMap>,
     deadline: Duration,
@@ -98,6 +101,7 @@ impl Agent {
             routes: OnceLock::new(),
             by_name: OnceLock::new(),
             interned: RwLock::default(),
+            simulated_links: Mutex::default(),
             me: driver.config().worker.id.clone(),
             device_maps: options.device_maps.clone(),
             deadline: options.deadline,
@@ -143,14 +147,18 @@ impl Agent {
         links.map(|link| link.in_flight()).sum::<usize>() + lock(&self.0.local).waiting()
     }
 
-    /// The runtime async handlers run on: the one of [`Options`], or the agent's own, started now.
-    pub(crate) fn async_runtime(&self) -> Result<Handle, String> {
+    /// The runtime async handlers run on: the one of [`Options`], or the agent's own, started now; a simulation's if the
+    /// agent lives in one.
+    pub(crate) fn async_runtime(&self) -> Result<Executor, String> {
+        if let Some(host) = self.0.driver.simulated() {
+            return Ok(Executor::Simulated(host.clone()));
+        }
         if let Some(handle) = &self.0.runtime_given {
-            return Ok(handle.clone());
+            return Ok(Executor::Tokio(handle.clone()));
         }
         let mut own = lock(&self.0.runtime_own);
         if let Some(runtime) = &*own {
-            return Ok(runtime.handle().clone());
+            return Ok(Executor::Tokio(runtime.handle().clone()));
         }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(ASYNC_THREADS)
@@ -158,11 +166,47 @@ impl Agent {
             .enable_all()
             .build()
             .map_err(|error| format!("no runtime for async handlers: {error}"))?;
-        Ok(own.insert(runtime).handle().clone())
+        Ok(Executor::Tokio(own.insert(runtime).handle().clone()))
+    }
+}
+
+/// Where async handlers run.
+pub(crate) enum Executor {
+    Tokio(Handle),
+    Simulated(farcall_transport::sim::Host),
+}
+
+impl Executor {
+    /// Makes the runtime that of this thread, as long as the guard lives.
+    pub(crate) fn enter(&self) -> Option<EnterGuard<'_>> {
+        match self {
+            Self::Tokio(handle) => Some(handle.enter()),
+            Self::Simulated(_) => None,
+        }
+    }
+
+    pub(crate) fn spawn(&self, future: impl Future<Output = ()> + Send + 'static) {
+        match self {
+            Self::Tokio(handle) => drop(handle.spawn(future)),
+            Self::Simulated(host) => host.spawn(future),
+        }
     }
 }
 
 impl Inner {
+    /// In a simulation, every link that is left.
+    pub(crate) fn simulated_links(&self) -> Vec<Arc<Link>> {
+        let mut links = lock(&self.simulated_links);
+        links.retain(|link| link.strong_count() > 0);
+        links.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(crate) fn note_link(&self, link: &Arc<Link>) {
+        if self.driver.simulated().is_some() {
+            lock(&self.simulated_links).push(Arc::downgrade(link));
+        }
+    }
+
     fn routes(&self) -> &[Route] {
         self.routes.get().map_or(&[], Vec::as_slice)
     }
@@ -199,7 +243,7 @@ impl Inner {
         let route = &self.routes()[rank as usize];
         let mut current = lock(&route.current);
         if let Some((endpoint, link)) = &*current
-            && endpoint.closed().is_none()
+            && (endpoint.closed().is_none() || planted::has(Bug::RouteKept))
         {
             return Ok((Arc::clone(endpoint), Arc::clone(link)));
         }
@@ -226,7 +270,7 @@ impl Inner {
     pub(crate) fn forget(&self, worker: &WorkerId, endpoint: &Arc<Endpoint>) {
         let Some(route) = self.routes().get(worker.rank as usize) else { return };
         let Ok(mut current) = route.current.try_lock() else { return };
-        if current.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, endpoint)) {
+        if current.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, endpoint)) && !planted::has(Bug::RouteKept) {
             *current = None;
         }
     }
@@ -363,6 +407,7 @@ impl To<'_> {
     fn start<F: Function, A: Args<F::Args>>(&self, args: A) -> Reply<F::Output> {
         let deadline = self.within.and_then(Call::remaining).map_or(self.deadline, |left| left.min(self.deadline));
         let agent = &self.agent.0;
+        let now = agent.driver.now();
         let Some(rank) = agent.rank(&self.target) else {
             let target = match self.target {
                 Target::Name(name) => name.to_owned(),
@@ -370,12 +415,12 @@ impl To<'_> {
             };
             let known = self.agent.workers().map(|info| Arc::clone(&info.id.name)).collect();
             let id = CallId { worker: target.as_str().into(), function: F::NAME };
-            let slot = Slot::new(id, F::SIGNATURE, deadline);
+            let slot = Slot::new(id, F::SIGNATURE, deadline, now);
             slot.complete(Err(CallError::NoSuchWorker { target, known }));
             return Reply::new(slot, None);
         };
         let worker = Arc::clone(&agent.routes()[rank as usize].info.id.name);
-        let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, deadline);
+        let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, deadline, now);
         if is_forked_child() {
             slot.complete(Err(CallError::ForkedProcess { call: slot.id.clone() }));
             return Reply::new(slot, None);

@@ -65,9 +65,9 @@ pub(crate) enum Origin {
 }
 
 impl Slot {
-    pub(crate) fn new(id: CallId, signature: &'static str, after: Duration) -> Arc<Self> {
+    pub(crate) fn new(id: CallId, signature: &'static str, after: Duration, now: Instant) -> Arc<Self> {
         let after = after.min(DEADLINE_MAX);
-        let deadline = Instant::now() + after;
+        let deadline = now + after;
         Arc::new(Self {
             id,
             signature,
@@ -368,7 +368,7 @@ mod tests {
     use super::*;
 
     fn slot(after: Duration) -> Arc<Slot> {
-        Slot::new(CallId { worker: "w1".into(), function: "f" }, "()", after)
+        Slot::new(CallId { worker: "w1".into(), function: "f" }, "()", after, Instant::now())
     }
 
     fn empty() -> Encoded {

@@ -50,7 +50,7 @@ impl Call {
 
     /// How long the caller still waits; `None` for as long as it takes.
     pub fn remaining(&self) -> Option<Duration> {
-        self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+        self.deadline.map(|deadline| deadline.saturating_duration_since(self.agent.inner().driver.now()))
     }
 
     /// A stream of `device`, on which the tensors among the arguments are ready.

@@ -24,6 +24,7 @@ mod nearest;
 mod registry;
 mod scope;
 pub mod settings;
+pub mod sim;
 mod table;
 
 pub use agent::{Agent, Target, To};

@@ -1,6 +1,6 @@
 //! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, Weak};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use farcall_device::Encoded;
 use farcall_transport::frame::Kind;
+use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
     CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, Unanswered, WorkerId,
     stage,
@@ -23,6 +24,7 @@ use crate::error::{Failure, Stage};
 use crate::function::{AnswerFuture, HandlerKind};
 use crate::registry::{Registered, Registry};
 use crate::scope::Scope;
+use crate::sim::Census;
 use crate::table::{Abandoned, Admission, CallTable, Overdue, Window};
 use crate::{CallError, CallId};
 
@@ -84,7 +86,8 @@ struct Serving(Mutex<Served>);
 
 #[derive(Default)]
 struct Served {
-    open: HashMap<u64, Arc<Scope>>,
+    /// In order, so that a simulation cancels them in the same order each time.
+    open: BTreeMap<u64, Arc<Scope>>,
     /// Cancelled while their payload was on its way.
     cancelled_early: HashSet<u64>,
     /// The endpoint has closed: nobody waits for any answer.
@@ -128,9 +131,9 @@ impl Link {
         let upgraded = agent.upgrade();
         let limits = upgraded.as_ref().map(|agent| agent.driver.config().limits.clone()).unwrap_or_default();
         let window = Window { requests: limits.requests_max, bytes: limits.request_bytes_max };
-        Arc::new(Self {
+        let link = Arc::new(Self {
             agent: Weak::clone(agent),
-            devices: upgraded.map(|agent| agent.device_map(&worker.name)).unwrap_or_default(),
+            devices: upgraded.as_ref().map(|agent| agent.device_map(&worker.name)).unwrap_or_default(),
             worker: Arc::new(worker),
             calls: Mutex::new(Calls {
                 table: CallTable::new(window),
@@ -140,12 +143,28 @@ impl Link {
             }),
             functions: Mutex::default(),
             serving: Arc::default(),
-        })
+        });
+        if let Some(agent) = upgraded {
+            agent.note_link(&link);
+        }
+        link
     }
 
     /// Calls that wait for a reply.
     pub(crate) fn in_flight(&self) -> usize {
         lock(&self.calls).table.waiting()
+    }
+
+    /// Adds what this link holds.
+    pub(crate) fn count(&self, census: &mut Census) {
+        let calls = lock(&self.calls);
+        census.waiting += calls.table.waiting();
+        census.sent += calls.table.sent();
+        census.queued += calls.queue.len();
+        let served = lock(&self.serving.0);
+        census.serving += served.open.len();
+        census.serving_max = census.serving_max.max(served.open.len());
+        census.cancelled_early += served.cancelled_early.len();
     }
 
     /// Sends a request once its tensors are ready; its outcome, a failure to send included, arrives in `slot`.
@@ -235,7 +254,7 @@ impl Link {
 
     fn transmit(&self, endpoint: &Arc<Endpoint>, request: &Request) {
         let Request { slot, call, function, metadata, staged } = request;
-        let left = slot.deadline.saturating_duration_since(Instant::now());
+        let left = slot.deadline.saturating_duration_since(endpoint.driver().now());
         let outbound = Outbound {
             kind: Kind::Request,
             call: *call,
@@ -280,7 +299,12 @@ impl Link {
             *draining = request.is_some();
             drop(calls);
             match request {
-                Some(request) if admission == Some(Admission::Sent) => self.transmit(endpoint, &request),
+                Some(request) if admission == Some(Admission::Sent) => {
+                    self.transmit(endpoint, &request);
+                    if planted::has(Bug::SentTwice) {
+                        self.transmit(endpoint, &request);
+                    }
+                }
                 Some(ended) => drop(ended),
                 None => return,
             }
@@ -364,12 +388,13 @@ impl Link {
             scope = Some(self.serving.begin(frame.call)?);
             reply.serving = Some(Arc::clone(&self.serving));
         }
+        let now = agent.driver.now();
         let cx = Call {
             agent: Agent::from_inner(agent),
             scope,
             caller: Arc::clone(&self.worker),
             function: registered.name,
-            deadline: (frame.deadline_us > 0).then(|| Instant::now() + Duration::from_micros(frame.deadline_us)),
+            deadline: (frame.deadline_us > 0).then(|| now + Duration::from_micros(frame.deadline_us)),
         };
         let encoded = Encoded { metadata: frame.metadata, tensors: frame.tensors };
         run(registered, cx, encoded, turn, move |answer, turn| reply.send(answer, turn));
@@ -474,7 +499,7 @@ where
             drop(entered);
             match first {
                 Poll::Ready(answer) => reply(answer, Some(turn)),
-                Poll::Pending => drop(runtime.spawn(async move { reply(unless_cancelled(future, scope).await, None) })),
+                Poll::Pending => runtime.spawn(async move { reply(unless_cancelled(future, scope).await, None) }),
             }
         })),
     }
@@ -608,7 +633,9 @@ pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
 
 /// Best effort: an endpoint that is closed, or closes now, tells its peer more than this.
 fn send_cancel(endpoint: &Arc<Endpoint>, call: u64) {
-    drop(endpoint.send(&Outbound { call, ..Outbound::new(Kind::Cancel, &[]) }));
+    for _ in 0..endpoint.driver().copies(Kind::Cancel) {
+        drop(endpoint.send(&Outbound { call, ..Outbound::new(Kind::Cancel, &[]) }));
+    }
 }
 
 fn send_error(call: &CallId, endpoint: &Endpoint, error: TransferError) -> CallError {
@@ -653,7 +680,8 @@ impl Peer for Link {
             (calls.ended, calls.draining) = (0, false);
             (calls.table.take_all(), std::mem::take(&mut calls.queue))
         };
-        for slot in slots {
+        let forgotten = usize::from(planted::has(Bug::WaiterForgotten));
+        for slot in slots.into_iter().skip(forgotten) {
             slot.complete(Err(lost(&slot.id, endpoint, cause)));
         }
         drop(queue);

@@ -8,6 +8,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use farcall_transport::planted::{self, Bug};
+
 use crate::call::Slot;
 
 /// How much of one peer's requests may be on the wire.
@@ -83,6 +85,11 @@ impl CallTable {
         self.entries.len() - self.free.len()
     }
 
+    /// Requests on the wire.
+    pub(crate) fn sent(&self) -> usize {
+        self.sent
+    }
+
     pub(crate) fn insert(&mut self, slot: Arc<Slot>) -> u64 {
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push((self.generation, Entry::Free));
@@ -101,7 +108,7 @@ impl CallTable {
         }
         let full = self.sent >= self.window.requests
             || (self.sent > 0 && self.sent_bytes.saturating_add(bytes) > self.window.bytes);
-        if full {
+        if full && !planted::has(Bug::WindowIgnored) {
             return Admission::Full;
         }
         if let Some(Entry::Waiting { slot, sent: sent @ None }) = self.entry(call) {
@@ -121,6 +128,7 @@ impl CallTable {
     /// The answer came: the call's place is free. Gives the slot that waits for it, if one does.
     pub(crate) fn settle(&mut self, call: u64) -> Option<Arc<Slot>> {
         match self.entry(call)? {
+            Entry::Abandoned { .. } if planted::has(Bug::PlaceKept) => None,
             Entry::Waiting { sent: Some(_), .. } | Entry::Abandoned { .. } => self.remove(call),
             // An answer to what was not asked.
             _ => None,
@@ -216,7 +224,7 @@ mod tests {
     use crate::CallId;
 
     fn slot(after: Duration) -> Arc<Slot> {
-        Slot::new(CallId { worker: "w1".into(), function: "f" }, "()", after)
+        Slot::new(CallId { worker: "w1".into(), function: "f" }, "()", after, Instant::now())
     }
 
     fn table(requests: usize, bytes: u64) -> CallTable {

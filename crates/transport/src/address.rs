@@ -11,7 +11,7 @@ use crate::auth::{Dialer, Realm};
 use crate::endpoint::encoded;
 use crate::error::AuthError;
 use crate::frame::{FEATURES, VERSION};
-use crate::key::{Nonce, fresh};
+use crate::key::Nonce;
 use crate::{CloseCause, DriverConfig, LocalAddress};
 
 /// One worker of a group: its name and its rank.
@@ -136,7 +136,12 @@ pub(crate) struct Hello {
 
 impl Hello {
     /// A hello, encoded, and the dialer's side of the proof that goes on from it, with `peer` for errors.
-    pub(crate) fn encode(config: &DriverConfig, role: Role, peer: String) -> io::Result<(Vec<u8>, Option<Dialer>)> {
+    pub(crate) fn encode(
+        config: &DriverConfig,
+        role: Role,
+        peer: String,
+        fresh: impl FnOnce() -> io::Result<Nonce>,
+    ) -> io::Result<(Vec<u8>, Option<Dialer>)> {
         let (group, worker) = (config.group.clone(), config.worker.clone());
         let nonce = config.key.as_ref().map(|_| fresh()).transpose()?;
         let hello = encoded(&Self { group, worker, role, versions: [VERSION; 2], features: FEATURES, nonce });

@@ -11,27 +11,26 @@
 //! the watchdog's thread, whatever the leader does.
 
 mod accept;
+mod engine;
 mod job;
 mod pool;
+mod simulated;
 mod sources;
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
 use std::net::{IpAddr, Shutdown};
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use farcall_device::Runtime;
-use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
-use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
-use socket2::Socket;
+use rustix::event::epoll::EventFlags;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use accept::{Awaited, Parsed, parse_message};
+use engine::{Engine, System};
 pub use job::{Job, JobCost, Turn};
 pub(crate) use pool::BEATS_MISSED;
 use pool::{Pool, WATCH_TICK};
@@ -39,7 +38,11 @@ pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
 
 use crate::endpoint::{Endpoint, lock};
-use crate::fork::{Kept, is_forked_child};
+use crate::fork::is_forked_child;
+use crate::frame::Kind;
+use crate::key::{self, Nonce};
+use crate::sim;
+use crate::socket::Socket;
 use crate::strangers::Strangers;
 #[cfg(feature = "tls")]
 use crate::tls::Session;
@@ -112,10 +115,7 @@ pub struct DriverConfig {
 /// See the module.
 pub struct Driver {
     config: DriverConfig,
-    _kept: [Kept; 3],
-    epoll: OwnedFd,
-    wake: OwnedFd,
-    watchdog: OwnedFd,
+    engine: Engine,
     listeners: Vec<Registration>,
     /// No descriptors were left: no accepting until then.
     accept_paused_until: Mutex<Option<Instant>>,
@@ -165,17 +165,16 @@ impl Driver {
     /// # Errors
     /// [`TransferError::NotLoopback`], [`TransferError::Unaddressed`], or the system call that failed.
     pub fn bind(mut config: DriverConfig) -> Result<Arc<Self>, TransferError> {
-        let os = |call| move |errno: Errno| TransferError::os(call)(errno.into());
         let mut listeners = Vec::new();
         if config.transport != Transport::Unix {
             let listener = Self::listen_tcp(&mut config)?;
-            listeners.push(Registration::new(LISTENERS[0], listener));
+            listeners.push(Registration::new(LISTENERS[0], Socket::System(listener)));
         }
         config.worker.local = None;
         if config.transport != Transport::Tcp {
             match local::listen() {
                 Ok((listener, address)) => {
-                    listeners.push(Registration::new(LISTENERS[1], listener));
+                    listeners.push(Registration::new(LISTENERS[1], Socket::System(listener)));
                     config.worker.local = Some(address);
                 }
                 Err(error) if config.transport == Transport::Auto => {
@@ -184,18 +183,28 @@ impl Driver {
                 Err(error) => return Err(TransferError::os("listen on a Unix socket")(error)),
             }
         }
+        Ok(Self::with(config, Engine::System(System::new()?), listeners))
+    }
+
+    /// As [`Self::bind`], on a host of a simulated network: no socket, no thread and no clock but the simulation's.
+    ///
+    /// # Errors
+    /// Another worker of that host listens at the address.
+    pub fn bind_simulated(mut config: DriverConfig, host: &sim::Host) -> Result<Arc<Self>, TransferError> {
+        config.worker.local = None;
+        let listener = host.listen(config.worker.address).map_err(TransferError::os("listen"))?;
+        let listener = Registration::new(LISTENERS[0], Socket::Simulated(listener));
+        let driver = Self::with(config, Engine::Simulated(host.clone()), vec![listener]);
+        host.attach(&driver);
+        Ok(driver)
+    }
+
+    fn with(config: DriverConfig, engine: Engine, listeners: Vec<Registration>) -> Arc<Self> {
         let greetings_max = accept::greetings_max(config.tls.is_some());
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create"))?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(os("eventfd"))?;
-        let watchdog =
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).map_err(os("timerfd_create"))?;
-        epoll::add(&epoll, &wake, EventData::new_u64(WAKE), EventFlags::IN).map_err(os("epoll_ctl"))?;
-        Ok(Arc::new(Self {
+        Arc::new(Self {
             config,
-            _kept: [Kept::new(&epoll), Kept::new(&wake), Kept::new(&watchdog)],
-            epoll,
-            wake,
-            watchdog,
+            started: engine.now(),
+            engine,
             listeners,
             accept_paused_until: Mutex::new(None),
             service: Mutex::new(None),
@@ -222,13 +231,12 @@ impl Driver {
             watching: AtomicBool::new(false),
             beats: AtomicU32::new(0),
             beating: AtomicBool::new(false),
-            started: Instant::now(),
             next_timer_us: AtomicU64::new(u64::MAX),
             sleeping_until_us: AtomicU64::new(0),
-        }))
+        })
     }
 
-    fn listen_tcp(config: &mut DriverConfig) -> Result<Socket, TransferError> {
+    fn listen_tcp(config: &mut DriverConfig) -> Result<socket2::Socket, TransferError> {
         let address = config.worker.address;
         if !address.ip().is_loopback() && config.key.is_none() && config.tls.is_none() {
             return Err(TransferError::NotLoopback { address });
@@ -253,8 +261,12 @@ impl Driver {
         *lock(&self.service) = Some(service);
         for listener in &self.listeners {
             *lock(&listener.0.interest) = EventFlags::IN;
-            epoll::add(&self.epoll, listener.socket(), EventData::new_u64(listener.token()), EventFlags::IN)
+            self.engine
+                .add(listener.token(), listener.socket(), EventFlags::IN)
                 .map_err(|errno| TransferError::os("epoll_ctl")(errno.into()))?;
+        }
+        if matches!(self.engine, Engine::Simulated(_)) {
+            return Ok(());
         }
         let mut pool = lock(&self.pool);
         self.spawn_thread(&mut pool).map_err(TransferError::os("thread spawn"))?;
@@ -271,14 +283,14 @@ impl Driver {
 
     /// Puts TLS before a TCP socket, dialed if there is an address, if there is to be TLS.
     #[cfg(feature = "tls")]
-    fn encrypt(&self, socket: Socket, dialed: Option<IpAddr>) -> std::io::Result<Socket> {
+    fn encrypt(&self, socket: socket2::Socket, dialed: Option<IpAddr>) -> std::io::Result<socket2::Socket> {
         let Some(tls) = &self.config.tls else { return Ok(socket) };
         let session = dialed.map_or_else(|| tls.acceptor(), |address| tls.dialer(address));
         Session::start(self, socket, session.map_err(std::io::Error::other)?, dialed.is_none())
     }
 
     #[cfg(not(feature = "tls"))]
-    fn encrypt(&self, socket: Socket, _dialed: Option<IpAddr>) -> std::io::Result<Socket> {
+    fn encrypt(&self, socket: socket2::Socket, _dialed: Option<IpAddr>) -> std::io::Result<socket2::Socket> {
         match &self.config.tls {
             None => Ok(socket),
             Some(never) => match *never {},
@@ -292,13 +304,17 @@ impl Driver {
 
     /// Connects to `target`, by a Unix socket if it is near. A TCP socket becomes writable once that succeeded or failed.
     pub(crate) fn connect(&self, target: &WorkerInfo) -> Result<(Socket, Route), TransferError> {
+        if let Engine::Simulated(host) = &self.engine {
+            let (route, socket) = (Route::Tcp(target.address), host.connect(target.address));
+            return Ok((Socket::Simulated(socket), route));
+        }
         let near = match (&self.config.worker.local, &target.local) {
             (Some(own), Some(theirs)) if own.is_near(theirs) => Some(theirs),
             _ => None,
         };
         if let Some(address) = near {
             match local::connect(address) {
-                Ok(socket) => return Ok((socket, Route::Unix(Arc::new(address.clone())))),
+                Ok(socket) => return Ok((Socket::System(socket), Route::Unix(Arc::new(address.clone())))),
                 Err(error) if self.config.transport == Transport::Auto => {
                     let fallbacks = self.fallbacks.fetch_add(1, Ordering::Relaxed) + 1;
                     tracing::debug!(%error, peer = %target.id, fallbacks, "no Unix socket; dialing TCP");
@@ -313,7 +329,7 @@ impl Driver {
         }
         let route = Route::Tcp(target.address);
         match tcp::connect(target.address).and_then(|socket| self.encrypt(socket, Some(target.address.ip()))) {
-            Ok(socket) => Ok((socket, route)),
+            Ok(socket) => Ok((Socket::System(socket), route)),
             Err(error) => Err(TransferError::Connect { route, source: Arc::new(error) }),
         }
     }
@@ -328,15 +344,9 @@ impl Driver {
             return;
         }
         let deadline = Instant::now() + timeout;
-        // Nobody may dial in any more: a backlog would keep the dialers waiting.
-        for listener in &self.listeners {
-            self.remove(listener);
-            let _ = listener.socket().shutdown(Shutdown::Both);
-        }
-        let sources: Vec<Source> = lock(&self.sources).values().cloned().collect();
-        close_all(sources);
+        self.say_goodbye();
         let on_own_thread = lock(&self.pool).threads.contains(&thread::current().id());
-        if !on_own_thread {
+        if !on_own_thread && !matches!(self.engine, Engine::Simulated(_)) {
             self.await_goodbyes(deadline.min(Instant::now() + LINGER));
         }
         lock(&self.pool).stop = true;
@@ -364,6 +374,18 @@ impl Driver {
         close_all(rest);
         let service = lock(&self.service).take();
         drop(service);
+    }
+
+    /// Lets nobody in any more, and closes every endpoint. The first part of [`Self::stop`], for simulations: there nobody
+    /// waits for the second.
+    pub(crate) fn say_goodbye(&self) {
+        // Nobody may dial in any more: a backlog would keep the dialers waiting.
+        for listener in &self.listeners {
+            self.remove(listener);
+            let _ = listener.socket().shutdown(Shutdown::Both);
+        }
+        let sources: Vec<Source> = lock(&self.sources).values().cloned().collect();
+        close_all(sources);
     }
 
     /// Waits until the peers have taken their goodbyes, so that no reset overtakes them.
@@ -398,8 +420,10 @@ impl Driver {
     pub fn schedule(&self, when: Instant) {
         let when_us = self.micros(when);
         self.next_timer_us.fetch_min(when_us, Ordering::SeqCst);
-        if when_us < self.sleeping_until_us.load(Ordering::SeqCst) {
-            self.wake_leader();
+        match &self.engine {
+            Engine::Simulated(host) => host.arm_timer(when),
+            Engine::System(_) if when_us < self.sleeping_until_us.load(Ordering::SeqCst) => self.wake_leader(),
+            Engine::System(_) => {}
         }
     }
 
@@ -413,7 +437,39 @@ impl Driver {
     }
 
     fn wake_leader(&self) {
-        // Full means a wake-up is pending already.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+        match &self.engine {
+            // Full means a wake-up is pending already.
+            Engine::System(system) => drop(rustix::io::write(&system.wake, &1_u64.to_ne_bytes())),
+            Engine::Simulated(host) => host.queue_job(),
+        }
+    }
+
+    /// The time that all deadlines of this worker are measured by.
+    pub fn now(&self) -> Instant {
+        self.engine.now()
+    }
+
+    /// Random bytes for one use.
+    pub(crate) fn fresh(&self) -> io::Result<Nonce> {
+        match &self.engine {
+            Engine::System(_) => key::fresh(),
+            Engine::Simulated(host) => Ok(host.fresh()),
+        }
+    }
+
+    /// How often a frame of `kind` is sent: once, unless a simulation loses or doubles it.
+    pub fn copies(&self, kind: Kind) -> usize {
+        match &self.engine {
+            Engine::System(_) => 1,
+            Engine::Simulated(host) => host.copies(kind),
+        }
+    }
+
+    /// Where this worker lives, if that is in a simulation.
+    pub fn simulated(&self) -> Option<&sim::Host> {
+        match &self.engine {
+            Engine::System(_) => None,
+            Engine::Simulated(host) => Some(host),
+        }
     }
 }

@@ -28,9 +28,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use socket2::Socket;
 
-use bulk::{Bulk, BulkLink, BulkRx, STALL_MAX};
+use bulk::{Bulk, BulkLink, BulkRx, ENDED_MAX, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
 pub(crate) use encode::{encode_frame, encoded, greeting, read_greeting, write_greeting};
 
@@ -39,9 +38,12 @@ use crate::auth::{Acceptor, Dialer};
 use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
 use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
+use crate::planted::{self, Bug};
 use crate::receive::{Received, Receiver, Transfers};
+use crate::sim::Census;
+use crate::socket::Socket;
 use crate::tcp::{self, Progress, Wait};
-use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life, local};
+use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life};
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
@@ -181,7 +183,7 @@ impl Endpoint {
             heard: AtomicU32::new(driver.beats()),
             took: AtomicU32::new(driver.beats()),
             untaken: AtomicUsize::new(0),
-            opened_at: Instant::now(),
+            opened_at: driver.now(),
             remote: OnceLock::new(),
             peer: OnceLock::new(),
             cause: OnceLock::new(),
@@ -318,7 +320,7 @@ impl Endpoint {
 
     fn write_control(&self, tx: &mut Tx) -> Result<(), Errno> {
         while tx.sent < tx.wire.len() {
-            match tcp::send(self.control.socket(), &[IoSlice::new(&tx.wire[tx.sent..])])? {
+            match self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..])])? {
                 Progress::Bytes(len) => {
                     tx.sent += len;
                     tx.taken += len as u64;
@@ -395,7 +397,7 @@ impl Endpoint {
     }
 
     fn hello(&self, role: Role) -> Result<(Vec<u8>, Option<Dialer>), CloseCause> {
-        let hello = Hello::encode(self.driver.config(), role, self.peer_text());
+        let hello = Hello::encode(self.driver.config(), role, self.peer_text(), || self.driver.fresh());
         hello.map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })
     }
 
@@ -441,7 +443,7 @@ impl Endpoint {
     /// Reads once, and hands on what came. With [`Wait::Tick`] it sleeps for the first byte.
     fn read_control(self: &Arc<Self>, rx: &mut Receiver, wait: Wait, turn: &mut Turn) -> Result<(), CloseCause> {
         let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
-        let (progress, bytes) = tcp::recv(self.control.socket(), &mut buffer, wait).map_err(lost)?;
+        let (progress, bytes) = self.control.socket().recv(&mut buffer, wait).map_err(lost)?;
         match progress {
             Progress::WouldBlock => return Ok(()),
             Progress::Ended => {
@@ -575,12 +577,9 @@ impl Endpoint {
 
     /// Waits less than a tick for the control connection to become readable.
     fn poll_readable(&self, timeout: Duration) -> Result<bool, CloseCause> {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
-        match poll(&mut [PollFd::new(self.control.socket(), PollFlags::IN)], Some(&timeout)) {
-            Ok(ready) => Ok(ready > 0),
+        match self.control.socket().poll_readable(timeout) {
             Err(Errno::INTR) => Ok(false),
-            Err(error) => Err(lost(error)),
+            polled => polled.map_err(lost),
         }
     }
 
@@ -591,7 +590,7 @@ impl Endpoint {
         let theirs = self.remote.get().and_then(|remote| remote.local.as_ref());
         let (Some(own), Some(theirs)) = (&self.driver.config().worker.local, theirs) else { return };
         if let Some(life) = theirs.life.filter(|_| own.is_near(theirs))
-            && let Some(process) = local::peer_process(self.control.socket())
+            && let Some(process) = self.control.socket().peer_process()
             && let Err(error) = life::watch(self, process, life)
         {
             tracing::debug!(%error, peer = ?self.peer_id(), "its death will be told by the socket or by silence");
@@ -619,7 +618,9 @@ impl Endpoint {
             return;
         }
         let silent = CloseCause::Silent { silent: self.driver.config().peer_timeout };
-        if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED {
+        if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED
+            && !(planted::has(Bug::SilenceIgnored) && self.dialed.is_none())
+        {
             // Who is not read, because a handler holds the reader up, is not silent.
             if !self.has_unread() {
                 return self.close(silent);
@@ -637,7 +638,9 @@ impl Endpoint {
         }
         // Bytes that wait to leave will say the same.
         if tx.wire.is_empty() && self.cause.get().is_none() {
-            tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
+            for _ in 0..self.driver.copies(Kind::Ping) {
+                tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
+            }
             let written = self.write_control(&mut tx);
             drop(tx);
             if let Err(error) = written {
@@ -674,6 +677,16 @@ impl Endpoint {
             });
             return None;
         }
+        let ended = match &lock(&self.bulk).link {
+            BulkLink::Ended(since, cause) => Some((*since, cause.clone())),
+            _ => None,
+        };
+        if let Some((since, cause)) = ended
+            && check(since + ENDED_MAX)
+        {
+            self.close(cause);
+            return None;
+        }
         let stalled = self.bulk_rx.try_lock().ok().and_then(|rx| rx.stalled);
         if let Some((_, since)) = stalled
             && check(since + STALL_MAX)
@@ -693,6 +706,9 @@ impl Endpoint {
         let cause = Arc::new(cause);
         if self.cause.set(Arc::clone(&cause)).is_err() {
             return;
+        }
+        if let Some(host) = self.driver.simulated() {
+            host.note_closed(self.peer_text(), &cause);
         }
         let before = self.status.swap(Status::Closed as u8, Ordering::AcqRel);
         if let Some(goodbye) = Goodbye::of(&cause) {
@@ -730,6 +746,18 @@ impl Endpoint {
         }
     }
 
+    /// Adds what this endpoint holds, for simulations: they look for what is left over.
+    pub(crate) fn count(&self, census: &mut Census) {
+        let unanswered_bytes = lock(&self.rx).unanswered_bytes();
+        census.unanswered_bytes += unanswered_bytes;
+        census.unanswered_bytes_max = census.unanswered_bytes_max.max(unanswered_bytes);
+        census.parked += lock(&self.transfers).len();
+        let tx = lock(&self.tx);
+        census.backlog_bytes += tx.wire.len() - tx.sent;
+        let bulk = lock(&self.bulk);
+        census.leaving += bulk.queue.len() + usize::from(bulk.current.is_some());
+    }
+
     /// The peer's id for messages: its own word, else what was dialed.
     pub fn peer_id(&self) -> Option<&WorkerId> {
         self.remote.get().map(|info| &info.id)
@@ -758,7 +786,7 @@ pub(crate) fn lost(error: Errno) -> CloseCause {
 /// The outcome of a connect that made the socket writable.
 fn finish_connect(socket: &Socket, route: Option<&Route>) -> Result<(), CloseCause> {
     let outcome = match socket.take_error() {
-        Ok(None) => tcp::prepare(socket),
+        Ok(None) => socket.prepare(),
         Ok(Some(error)) | Err(error) => Err(error),
     };
     outcome.map_err(|source| match route.cloned() {

@@ -27,8 +27,12 @@ mod interface;
 mod key;
 mod life;
 mod local;
+#[doc(hidden)]
+pub mod planted;
 mod receive;
 mod repeats;
+pub mod sim;
+mod socket;
 mod store;
 mod strangers;
 mod tcp;

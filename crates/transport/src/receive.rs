@@ -13,6 +13,7 @@ use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
 
 use crate::descriptor::{Descriptor, Mode};
 use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::planted::{self, Bug};
 use crate::{CloseCause, Limits, ProtocolError};
 
 /// A whole message: its tensors are complete in this process's memory.
@@ -122,6 +123,11 @@ impl Receiver {
     pub(crate) fn new(limits: Limits, runtime: Runtime) -> Self {
         let inflow = Arc::default();
         Self { limits, runtime, head: [0; HEADER_BYTES], head_len: 0, state: State::Head, inflow }
+    }
+
+    /// Tensor bytes of the peer's requests that are not answered.
+    pub(crate) fn unanswered_bytes(&self) -> u64 {
+        self.inflow.0.load(Ordering::Acquire)
     }
 
     /// From the next frame on.
@@ -359,7 +365,8 @@ impl Transfers {
 
     /// The place for a chunk, or `None` when its frame has not arrived yet on the control connection.
     pub(crate) fn begin(&mut self, header: &Header) -> Result<Option<Chunk>, ProtocolError> {
-        let Some(transfer) = self.transfers.get_mut(&header.call) else { return Ok(None) };
+        let id = if planted::has(Bug::ChunkMisplaced) { self.another(header.call) } else { header.call };
+        let Some(transfer) = self.transfers.get_mut(&id) else { return Ok(None) };
         let len = transfer.storage.as_ref().map_or(0, StorageMut::len);
         let end = header.offset.checked_add(header.payload_len).filter(|end| *end <= len as u64);
         let (Some(end), true) = (end, header.offset == transfer.filled as u64 && header.payload_len > 0) else {
@@ -367,11 +374,19 @@ impl Transfers {
             return Err(ProtocolError::Chunk { transfer: header.call, offset, len, expected });
         };
         Ok(transfer.storage.take().map(|storage| Chunk {
-            transfer: header.call,
+            transfer: id,
             storage,
             at: header.offset as usize,
             end: end as usize,
         }))
+    }
+
+    /// Another transfer that is as far as this one, if there is one: a planted bug.
+    fn another(&self, id: u64) -> u64 {
+        let Some(own) = self.transfers.get(&id) else { return id };
+        let room = |transfer: &Transfer| (transfer.filled, transfer.storage.as_ref().map(StorageMut::len));
+        let like = self.transfers.iter().filter(|(other, transfer)| **other != id && room(transfer) == room(own));
+        like.map(|(other, _)| *other).min().unwrap_or(id)
     }
 
     /// Takes a complete chunk back; gives the frame whose last one it was.

@@ -85,8 +85,8 @@ impl Session {
             over: false,
         };
         let session = Arc::new(Self {
-            network: driver.register(network),
-            local: driver.register(Socket::from(near)),
+            network: driver.register(network.into()),
+            local: driver.register(Socket::from(near).into()),
             state: Mutex::new(state),
         });
         for registration in [&session.network, &session.local] {
@@ -107,9 +107,9 @@ impl Session {
         if let Err(goodbye) = self.pump(&mut state) {
             // The endpoint's side is told why; a socket of the other end may still be read.
             let frame = greeting(Kind::Close, &encoded(&goodbye));
-            let _ = tcp::send(self.local.socket(), &[IoSlice::new(&frame)]);
+            let _ = tcp::send(self.local.system(), &[IoSlice::new(&frame)]);
             // An alert, if there is one.
-            let _ = state.tls.write_tls(&mut Nonblocking(self.network.socket()));
+            let _ = state.tls.write_tls(&mut Nonblocking(self.network.system()));
             state.over = true;
             // What either side is still sending must not turn into a reset that overtakes its last words.
             driver.linger(&self.local);
@@ -122,7 +122,7 @@ impl Session {
             driver.schedule(since + CLOSE_MAX);
         }
         if state.local_ended.is_some() && !state.wants_write() {
-            let _ = self.network.socket().shutdown(Shutdown::Write);
+            let _ = self.network.system().shutdown(Shutdown::Write);
             if state.network_ended {
                 return self.end(driver, &mut state);
             }
@@ -160,16 +160,16 @@ impl Session {
         state.over = true;
         for registration in [&self.network, &self.local] {
             driver.remove(registration);
-            let _ = registration.socket().shutdown(Shutdown::Both);
+            let _ = registration.system().shutdown(Shutdown::Both);
         }
     }
 
     /// Moves what can be moved. An error is what the endpoint is to be told.
     fn pump(&self, state: &mut State) -> Result<(), Goodbye> {
         if !state.connected {
-            match self.network.socket().take_error() {
-                Ok(None) if self.network.socket().peer_addr().is_err() => return Ok(()),
-                Ok(None) => tcp::prepare(self.network.socket()).map_err(unreachable)?,
+            match self.network.system().take_error() {
+                Ok(None) if self.network.system().peer_addr().is_err() => return Ok(()),
+                Ok(None) => tcp::prepare(self.network.system()).map_err(unreachable)?,
                 Ok(Some(error)) | Err(error) => return Err(unreachable(error)),
             }
             state.connected = true;
@@ -189,7 +189,7 @@ impl Session {
     fn send_network(&self, state: &mut State) -> Result<usize, Goodbye> {
         let mut sent = 0;
         while state.wants_write() {
-            match state.tls.write_tls(&mut Nonblocking(self.network.socket())) {
+            match state.tls.write_tls(&mut Nonblocking(self.network.system())) {
                 Ok(len) => sent += len,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // What the peer has said before it went may still be read.
@@ -213,17 +213,17 @@ impl Session {
                 return Ok(0);
             }
         }
-        let received = match state.tls.read_tls(&mut Nonblocking(self.network.socket())) {
+        let received = match state.tls.read_tls(&mut Nonblocking(self.network.system())) {
             Ok(0) => {
                 state.network_ended = true;
-                let _ = self.local.socket().shutdown(Shutdown::Write);
+                let _ = self.local.system().shutdown(Shutdown::Write);
                 return Ok(0);
             }
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
             Err(_) => {
                 state.network_ended = true;
-                let _ = self.local.socket().shutdown(Shutdown::Write);
+                let _ = self.local.system().shutdown(Shutdown::Write);
                 return Ok(0);
             }
         };
@@ -237,7 +237,7 @@ impl Session {
     fn peek(&self) -> Result<bool, Goodbye> {
         let mut head = [std::mem::MaybeUninit::uninit(); 4];
         let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
-        let head = match rustix::net::recv(&self.network, &mut head, flags) {
+        let head = match rustix::net::recv(self.network.system(), &mut head, flags) {
             Ok(((head, _), _)) => head.to_vec(),
             Err(Errno::AGAIN | Errno::INTR) => return Ok(false),
             // `read_tls` sees it, too.
@@ -246,7 +246,7 @@ impl Session {
         if head == MAGIC.to_le_bytes() {
             let goodbye = Goodbye { reason: Reason::TlsWanted, text: String::new() };
             let frame = greeting(Kind::Close, &encoded(&goodbye));
-            let _ = tcp::send(self.network.socket(), &[IoSlice::new(&frame)]);
+            let _ = tcp::send(self.network.system(), &[IoSlice::new(&frame)]);
             return Err(Goodbye { reason: Reason::NoTls, text: String::new() });
         }
         // Any other beginning is TLS's business, also a short one.
@@ -257,7 +257,7 @@ impl Session {
     fn tell(&self, state: &mut State) -> Result<usize, Goodbye> {
         let mut told = 0;
         while state.told < state.plain.len() {
-            match tcp::send(self.local.socket(), &[IoSlice::new(&state.plain[state.told..])]) {
+            match tcp::send(self.local.system(), &[IoSlice::new(&state.plain[state.told..])]) {
                 Ok(Progress::Bytes(len)) => {
                     state.told += len;
                     told += len;
@@ -281,11 +281,11 @@ impl Session {
         if state.tls.is_handshaking() {
             // Only whether it has given up: what it says waits in its socket.
             let flags = rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT;
-            if !matches!(rustix::net::recv(&self.local, &mut chunk[..1], flags), Ok((0, _))) {
+            if !matches!(rustix::net::recv(self.local.system(), &mut chunk[..1], flags), Ok((0, _))) {
                 return Ok(0);
             }
         }
-        match tcp::recv_into(self.local.socket(), &mut chunk) {
+        match tcp::recv_into(self.local.system(), &mut chunk) {
             Ok(Progress::Bytes(len)) => {
                 // To nobody, once the network has ended: read only until the end on this side, too.
                 if !state.network_ended {
@@ -306,7 +306,7 @@ impl Session {
 
 /// Neither direction of the socket will carry anything again.
 fn hung_up(registration: &Registration) -> bool {
-    let mut fds = [PollFd::new(registration, PollFlags::empty())];
+    let mut fds = [PollFd::new(registration.system(), PollFlags::empty())];
     let polled = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
     polled.is_ok() && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }

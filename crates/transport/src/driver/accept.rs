@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use socket2::{SockAddr, Socket};
+use socket2::SockAddr;
 
 use super::sources::{Registration, Source};
 use super::{Driver, Service};
@@ -19,9 +19,9 @@ use crate::auth::{Acceptor, Realm};
 use crate::endpoint::{Endpoint, encoded, greeting, lock, lost, read_greeting, write_greeting};
 use crate::error::AuthError;
 use crate::frame::{HEADER_BYTES, Header, Kind, MAGIC, VERSION};
-use crate::key::fresh;
-use crate::tcp::{self, Progress};
-use crate::{CloseCause, Limits, ProtocolError, local};
+use crate::socket::Socket;
+use crate::tcp::Progress;
+use crate::{CloseCause, Limits, ProtocolError};
 
 /// Accepted per event, so that a flood of dialers does not starve the connected.
 const ACCEPTS: usize = 64;
@@ -99,7 +99,7 @@ impl Driver {
                     }
                     // Out of descriptors or memory: the dialers wait, the connected go on.
                     crate::limited!(warn, %error, "accept; trying again in {ACCEPT_PAUSE:?}");
-                    let until = Instant::now() + ACCEPT_PAUSE;
+                    let until = self.now() + ACCEPT_PAUSE;
                     *lock(&self.accept_paused_until) = Some(until);
                     self.listeners.iter().for_each(|listener| listener.want(self, EventFlags::IN, false));
                     self.schedule(until);
@@ -111,20 +111,20 @@ impl Driver {
     }
 
     fn greet(self: &Arc<Self>, socket: Socket, from: &SockAddr) {
-        if let Err(error) = tcp::prepare(&socket) {
+        if let Err(error) = socket.prepare() {
             tracing::debug!(%error, "accepted socket");
             return;
         }
-        let other_user = match from.is_unix().then(|| local::other_user(&socket)).transpose() {
+        let other_user = match from.is_unix().then(|| socket.other_user()).transpose() {
             Ok(other_user) => other_user.flatten(),
             Err(error) => Some(format!("a process that the kernel does not name ({error})")),
         };
         // Behind TLS the stranger is the other end of a pair; what is limited and timed is the same.
-        let socket = match from.is_unix() {
-            true => Ok(socket),
-            false => self.encrypt(socket, None),
+        let socket = match socket {
+            Socket::System(socket) if !from.is_unix() => self.encrypt(socket, None).map(Socket::System),
+            socket => Ok(socket),
         };
-        let socket = match socket.and_then(|socket| tcp::prepare(&socket).map(|()| socket)) {
+        let socket = match socket.and_then(|socket| socket.prepare().map(|()| socket)) {
             Ok(socket) => socket,
             Err(error) => return tracing::debug!(%error, "TLS"),
         };
@@ -134,7 +134,7 @@ impl Driver {
         if let Some(token) = displaced {
             self.dismiss(token);
         }
-        let deadline = Instant::now() + self.config.connect_timeout;
+        let deadline = self.now() + self.config.connect_timeout;
         let state = Mutex::new(State { bytes: Vec::new(), phase: Phase::Hello });
         let greeting = Arc::new(Greeting { registration: registration.clone(), deadline, state });
         if self.add(&registration, EventFlags::IN, Source::Greeting(Arc::clone(&greeting))).is_ok() {
@@ -235,7 +235,7 @@ impl Driver {
             };
             let mut room = [0_u8; 1024];
             let want = want.min(room.len());
-            match tcp::recv_into(greeting.registration.socket(), &mut room[..want]).map_err(lost)? {
+            match greeting.registration.socket().recv_into(&mut room[..want]).map_err(lost)? {
                 Progress::Bytes(len) => bytes.extend_from_slice(&room[..len]),
                 Progress::WouldBlock => return Ok(None),
                 Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
@@ -255,7 +255,7 @@ impl Driver {
             (Some(_), None) => Err(CloseCause::Auth(AuthError::NoKey { peer })),
             (None, Some(_)) => Err(CloseCause::Auth(AuthError::KeyWanted { peer })),
             (Some(key), Some(_)) => {
-                let nonce = fresh().map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })?;
+                let nonce = self.fresh().map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })?;
                 Ok(Some(Acceptor::new(key, Realm::Worker, message, &nonce, peer)))
             }
         }
@@ -300,12 +300,16 @@ impl Driver {
 
     fn open(self: &Arc<Self>, socket: Socket, hello: Hello, acceptor: Option<Acceptor>, service: &dyn Service) {
         let (remote, features) = (hello.worker.clone(), hello.features);
-        let mut key = [0_u8; 16];
-        if let Err(error) = rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty()) {
-            crate::limited!(error, %error, "getrandom");
-            return;
-        }
-        let key = u128::from_ne_bytes(key);
+        let random = match self.fresh() {
+            Ok(random) => random,
+            Err(error) => {
+                crate::limited!(error, %error, "getrandom");
+                return;
+            }
+        };
+        let Some(key) = random.first_chunk().copied().map(u128::from_ne_bytes) else {
+            unreachable!("a nonce has 32 bytes")
+        };
         let opened = Endpoint::accepted(self, socket, hello, key).and_then(|endpoint| {
             let peer = service.on_open(&remote);
             let admitted = endpoint.welcome(Arc::clone(&peer), features, acceptor);

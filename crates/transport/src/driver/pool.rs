@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 use rustix::time::{Itimerspec, TimerfdTimerFlags, timerfd_settime};
 
+use super::engine::Engine;
 use super::job::{Job, Turn};
 use super::{Driver, EVENTS, LISTENERS, WAKE};
 use crate::endpoint::lock;
@@ -171,7 +172,7 @@ impl Driver {
     fn poll(self: &Arc<Self>, backlog: bool, turn: &mut Turn) {
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); EVENTS];
         let timeout = self.timeout(backlog);
-        let ready = match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+        let ready = match epoll::wait(&self.system().epoll, &mut events, timeout.as_ref()) {
             Ok((ready, _)) => &*ready,
             Err(Errno::INTR) => &[],
             Err(error) => {
@@ -184,7 +185,7 @@ impl Driver {
             let (token, flags) = (event.data.u64(), event.flags);
             match token {
                 WAKE => {
-                    let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
+                    let _ = rustix::io::read(&self.system().wake, &mut [0_u8; 8]);
                 }
                 listener if LISTENERS.contains(&listener) => self.accept(listener),
                 _ => self.dispatch_guarded(token, flags, turn),
@@ -294,9 +295,12 @@ impl Driver {
 
     /// Makes the watchdog look every `period`; zero for never.
     pub(super) fn tick_watchdog(&self, period: Duration) {
+        if let Engine::Simulated(host) = &self.engine {
+            return host.arm_beat(self.config.peer_timeout / BEATS_MISSED);
+        }
         let period = Timespec { tv_sec: 0, tv_nsec: period.as_nanos() as i64 };
         let timer = Itimerspec { it_interval: period, it_value: period };
-        if let Err(error) = timerfd_settime(&self.watchdog, TimerfdTimerFlags::empty(), &timer) {
+        if let Err(error) = timerfd_settime(&self.system().watchdog, TimerfdTimerFlags::empty(), &timer) {
             crate::limited!(error, %error, "timerfd_settime");
         }
     }
@@ -358,11 +362,11 @@ impl Driver {
     fn next_tick(&self, next_beat: Option<Instant>) -> bool {
         let left = next_beat.map(|due| due.saturating_duration_since(Instant::now()));
         let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
-        match poll(&mut [PollFd::new(&self.watchdog, PollFlags::IN)], left.as_ref()) {
+        match poll(&mut [PollFd::new(&self.system().watchdog, PollFlags::IN)], left.as_ref()) {
             Ok(0) | Err(Errno::INTR) => false,
             Ok(_) => {
                 // Readable, and this thread is the only reader.
-                let _ = rustix::io::read(&self.watchdog, &mut [0_u8; 8]);
+                let _ = rustix::io::read(&self.system().watchdog, &mut [0_u8; 8]);
                 true
             }
             Err(error) => {

@@ -1,23 +1,22 @@
 //! The sockets of the epoll set, what they belong to, and their deadlines.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use socket2::Socket;
 
 use super::accept::Greeting;
 use super::{Driver, Turn, WATCH_TICK};
 use crate::endpoint::{Endpoint, lock};
 use crate::fork::Kept;
-use crate::tcp::{self, Progress};
+use crate::socket::Socket;
+use crate::tcp::{Progress, Wait};
 use crate::tls::Session;
 use crate::{CloseCause, ProtocolError, TransferError};
 
@@ -38,7 +37,8 @@ pub(super) enum Source {
 /// What the sockets in the epoll set belong to.
 #[derive(Default)]
 pub(super) struct Sources {
-    pub(super) by_token: HashMap<u64, Source>,
+    /// In order, so that a simulation goes the same way each time.
+    pub(super) by_token: BTreeMap<u64, Source>,
     /// The driver has stopped: nothing is added any more.
     pub(super) closed: bool,
 }
@@ -75,7 +75,8 @@ pub(super) fn close_all(sources: Vec<Source>) {
 pub(crate) struct Registration(pub(super) Arc<RegistrationInner>);
 
 pub(super) struct RegistrationInner {
-    _kept: Kept,
+    /// A forked child's copy is closed; a simulated socket has none.
+    _kept: Option<Kept>,
     token: u64,
     socket: Socket,
     pub(super) interest: Mutex<EventFlags>,
@@ -83,16 +84,24 @@ pub(super) struct RegistrationInner {
 
 impl Registration {
     pub(super) fn new(token: u64, socket: Socket) -> Self {
-        Self(Arc::new(RegistrationInner {
-            _kept: Kept::new(&socket),
-            token,
-            socket,
-            interest: Mutex::new(EventFlags::empty()),
-        }))
+        let kept = match &socket {
+            Socket::System(socket) => Some(Kept::new(socket)),
+            Socket::Simulated(_) => None,
+        };
+        Self(Arc::new(RegistrationInner { _kept: kept, token, socket, interest: Mutex::new(EventFlags::empty()) }))
     }
 
     pub(crate) fn socket(&self) -> &Socket {
         &self.0.socket
+    }
+
+    /// For TLS, which is between sockets of the system alone.
+    #[cfg(feature = "tls")]
+    pub(crate) fn system(&self) -> &socket2::Socket {
+        match &self.0.socket {
+            Socket::System(socket) => socket,
+            Socket::Simulated(_) => unreachable!("no TLS in a simulation"),
+        }
     }
 
     pub(super) fn token(&self) -> u64 {
@@ -115,17 +124,11 @@ impl Registration {
     }
 
     fn apply(&self, driver: &Driver, flags: EventFlags) {
-        match epoll::modify(&driver.epoll, &self.0.socket, EventData::new_u64(self.0.token), flags) {
+        match driver.engine.modify(self.0.token, &self.0.socket, flags) {
             // Not in the set: not added yet, or the endpoint closed meanwhile.
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => tracing::warn!(%error, "epoll_ctl"),
         }
-    }
-}
-
-impl AsFd for Registration {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.0.socket.as_fd()
     }
 }
 
@@ -150,8 +153,7 @@ impl Driver {
         // Held over the call, so that what others come to want meanwhile is not lost.
         let mut interest = lock(&registration.0.interest);
         *interest |= flags;
-        let data = EventData::new_u64(registration.0.token);
-        let added = epoll::add(&self.epoll, registration.socket(), data, *interest);
+        let added = self.engine.add(registration.0.token, registration.socket(), *interest);
         drop(interest);
         added.map_err(|errno| {
             self.remove(registration);
@@ -199,7 +201,7 @@ impl Driver {
         drop(source);
         lock(&self.strangers).leave(registration.0.token);
         // Already gone from the set when the endpoint never got into it.
-        let _ = epoll::delete(&self.epoll, registration.socket());
+        self.engine.delete(registration.socket());
     }
 
     /// Without the registration: its sockets end with the last who holds them.
@@ -214,7 +216,7 @@ impl Driver {
 
     /// Ends a connection gently: nothing more is sent, what still arrives is read and dropped for a while.
     pub(crate) fn linger(&self, registration: &Registration) {
-        let until = Instant::now() + LINGER;
+        let until = self.now() + LINGER;
         let _ = registration.socket().shutdown(Shutdown::Write);
         let before = {
             let mut sources = lock(&self.sources);
@@ -240,7 +242,7 @@ impl Driver {
                 // A late wish to write would be granted for ever.
                 registration.want(self, EventFlags::OUT, false);
                 let mut waste = [MaybeUninit::uninit(); 16 << 10];
-                match tcp::recv(registration.socket(), &mut waste, tcp::Wait::No) {
+                match registration.socket().recv(&mut waste, Wait::No) {
                     Ok((Progress::Bytes(_) | Progress::WouldBlock, _)) => {}
                     Ok((Progress::Ended, _)) | Err(_) => self.remove(&registration),
                 }
@@ -271,7 +273,7 @@ impl Driver {
 
     pub(super) fn run_timers(self: &Arc<Self>) {
         self.next_timer_us.store(u64::MAX, Ordering::SeqCst);
-        let now = Instant::now();
+        let now = self.now();
         let paused = lock(&self.accept_paused_until).take();
         match paused {
             Some(until) if until > now => {

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use farcall_device::Tensor;
 use rustix::event::epoll::EventFlags;
-use socket2::Socket;
 
 use super::encode::{Outbound, encode_frame, greeting, payload, read_greeting, write_greeting};
 use super::{Endpoint, Status, Tx, finish_connect, lock, lost};
@@ -20,8 +19,10 @@ use crate::address::{Goodbye, Role};
 use crate::auth::Dialer;
 use crate::driver::{Registration, Turn};
 use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::planted::{self, Bug};
 use crate::receive::Chunk;
-use crate::tcp::{self, Progress};
+use crate::socket::Socket;
+use crate::tcp::Progress;
 use crate::{CloseCause, ProtocolError, TransferError};
 
 /// Bulk bytes moved for one endpoint before the driver looks at the others.
@@ -30,6 +31,8 @@ const BULK_TURN_BYTES: usize = 4 << 20;
 const CHUNK_COST_BYTES: usize = 4 << 10;
 /// How long a bulk connection may hold a chunk whose frame has not come on the control connection.
 pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
+/// How long the control connection may go on without the bulk connection.
+pub(super) const ENDED_MAX: Duration = Duration::from_millis(500);
 
 pub(super) struct Outgoing {
     transfer: u64,
@@ -51,6 +54,8 @@ pub(super) enum BulkLink {
     /// Connected; the acceptor's challenge is to come. None of its bytes beyond the challenge are read before the proof.
     Proving(Registration, Instant, Vec<u8>),
     Open(Registration),
+    /// It ended then, or did not come about; the control connection is to say why.
+    Ended(Instant, CloseCause),
 }
 
 pub(super) struct Bulk {
@@ -80,7 +85,7 @@ impl Endpoint {
             return Ok(());
         }
         if self.dialed.is_none() {
-            let now = Instant::now();
+            let now = self.driver.now();
             bulk.link = BulkLink::Requested(now);
             self.driver.schedule(now + self.driver.config().connect_timeout);
             let request = Outbound::new(Kind::OpenBulk, &[]);
@@ -110,7 +115,7 @@ impl Endpoint {
         if let Err(error) = self.driver.add_bulk(self, &registration, EventFlags::OUT) {
             return Err(CloseCause::Connect { route, source: Arc::new(io::Error::other(error)) });
         }
-        let now = Instant::now();
+        let now = self.driver.now();
         bulk.link = BulkLink::Connecting(registration, now);
         self.driver.schedule(now + self.driver.config().connect_timeout);
         Ok(())
@@ -139,7 +144,24 @@ impl Endpoint {
         }
         if let Err(cause) = self.write_bulk(&mut bulk) {
             drop(bulk);
-            self.close(cause);
+            self.on_bulk_failure(cause);
+        }
+    }
+
+    /// The bulk connection has failed. A peer that closes, or dies, ends both connections, and the news of this one may be
+    /// first: then the other brings the reason.
+    fn on_bulk_failure(self: &Arc<Self>, cause: CloseCause) {
+        let may_wait =
+            matches!(cause, CloseCause::PeerLost { .. } | CloseCause::Connect { .. } | CloseCause::Refused { .. });
+        if !may_wait || planted::has(Bug::BulkEndsAll) {
+            return self.close(cause);
+        }
+        let now = self.driver.now();
+        let mut bulk = lock(&self.bulk);
+        if let BulkLink::Connecting(link, _) | BulkLink::Proving(link, ..) | BulkLink::Open(link) = &bulk.link {
+            self.driver.remove(link);
+            bulk.link = BulkLink::Ended(now, cause);
+            self.driver.schedule(now + ENDED_MAX);
         }
     }
 
@@ -149,7 +171,7 @@ impl Endpoint {
         let mut budget = BULK_TURN_BYTES;
         loop {
             if !prefix.is_empty() {
-                let Progress::Bytes(len) = tcp::send(link.socket(), &[IoSlice::new(prefix)]).map_err(lost)? else {
+                let Progress::Bytes(len) = link.socket().send(&[IoSlice::new(prefix)]).map_err(lost)? else {
                     break;
                 };
                 prefix.drain(..len);
@@ -181,7 +203,7 @@ impl Endpoint {
                 break;
             }
             let parts = [IoSlice::new(head), IoSlice::new(&bytes[from..end])];
-            let Progress::Bytes(len) = tcp::send(link.socket(), &parts).map_err(lost)? else { break };
+            let Progress::Bytes(len) = link.socket().send(&parts).map_err(lost)? else { break };
             chunk.sent += len;
             budget = budget.saturating_sub(len);
             if chunk.sent == HEADER_BYTES + chunk.header.payload_len as usize {
@@ -200,7 +222,7 @@ impl Endpoint {
     pub(crate) fn on_bulk_event(self: &Arc<Self>, flags: EventFlags, turn: &mut Turn) {
         let result = self.bulk_event(flags, turn);
         if let Err(cause) = result {
-            self.close(cause);
+            self.on_bulk_failure(cause);
         }
     }
 
@@ -263,7 +285,7 @@ impl Endpoint {
             };
             let start = bytes.len();
             bytes.resize(start + missing, 0);
-            let read = tcp::recv_into(link.socket(), &mut bytes[start..]).map_err(lost)?;
+            let read = link.socket().recv_into(&mut bytes[start..]).map_err(lost)?;
             bytes.truncate(start + if let Progress::Bytes(len) = read { len } else { 0 });
             match read {
                 Progress::Bytes(_) => {}
@@ -282,7 +304,7 @@ impl Endpoint {
         while budget > 0 {
             if let Some(chunk) = &mut rx.chunk {
                 let target = chunk.target()?;
-                match tcp::recv_into(link.socket(), target).map_err(lost)? {
+                match link.socket().recv_into(target).map_err(lost)? {
                     Progress::Bytes(len) => {
                         self.hear();
                         let complete = len == target.len();
@@ -303,7 +325,7 @@ impl Endpoint {
             let header = if let Some((header, _)) = rx.stalled {
                 header
             } else {
-                match tcp::recv_into(link.socket(), &mut rx.head[rx.head_len..]).map_err(lost)? {
+                match link.socket().recv_into(&mut rx.head[rx.head_len..]).map_err(lost)? {
                     Progress::Bytes(len) => rx.head_len += len,
                     Progress::WouldBlock => return Ok(()),
                     Progress::Ended => return Err(CloseCause::PeerLost { source: None }),
@@ -331,7 +353,7 @@ impl Endpoint {
                 }
                 None => {
                     if rx.stalled.is_none() {
-                        let now = Instant::now();
+                        let now = self.driver.now();
                         rx.stalled = Some((header, now));
                         self.driver.schedule(now + STALL_MAX);
                     }

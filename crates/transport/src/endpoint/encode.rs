@@ -1,13 +1,13 @@
 //! What is sent: tensors made fit for the wire, frames, and greetings.
 
 use farcall_device::{Device, DeviceError, Fences, Runtime, Tensor};
-use socket2::Socket;
 use std::io::IoSlice;
 
 use super::lost;
 use crate::descriptor::{Descriptor, Mode};
 use crate::frame::{HEADER_BYTES, Header, Kind};
-use crate::tcp::{self, Progress};
+use crate::socket::Socket;
+use crate::tcp::Progress;
 use crate::{CloseCause, ProtocolError};
 
 /// A frame to send. Tensors are read when it is sent; storages stay owned until their bytes are gone.
@@ -145,7 +145,7 @@ pub(crate) fn read_greeting<'a, T: serde::Deserialize<'a>>(
 
 /// Writes a greeting whole: a few hundred bytes into an empty socket buffer always fit.
 pub(crate) fn write_greeting(socket: &Socket, bytes: &[u8]) -> Result<(), CloseCause> {
-    match tcp::send(socket, &[IoSlice::new(bytes)]).map_err(lost)? {
+    match socket.send(&[IoSlice::new(bytes)]).map_err(lost)? {
         Progress::Bytes(len) if len == bytes.len() => Ok(()),
         _ => Err(CloseCause::PeerLost { source: None }),
     }
