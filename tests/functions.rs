@@ -409,6 +409,13 @@ pub(crate) async fn hold_there(cx: Call, worker: String, key: String) -> String 
     outcome.err().map_or_else(|| "no error".to_owned(), |error| error.to_string())
 }
 
+/// Calls `add` on `worker` and gives the error's text.
+#[farcall::function(name = "test::add_there")]
+pub(crate) async fn add_there(cx: Call, worker: String) -> String {
+    let outcome = cx.to(&worker).call(add, (2, 3)).await;
+    outcome.err().map_or_else(|| "no error".to_owned(), |error| error.to_string())
+}
+
 /// Calls `pattern_after` on `worker` and gives the error's text.
 #[farcall::function(name = "test::pattern_there")]
 pub(crate) async fn pattern_there(cx: Call, worker: String, key: String, len: usize) -> String {
@@ -465,6 +472,25 @@ pub(crate) fn blocked_in(cx: &Call, worker: String, key: String) -> bool {
 #[farcall::function(name = "test::remaining_there")]
 pub(crate) fn remaining_there(cx: &Call, worker: String) -> Result<Option<u64>> {
     Ok(cx.to(&worker).deadline(Duration::from_secs(3600)).call(remaining, ()).wait()?)
+}
+
+/// Makes so many calls to `worker` at once, each with a tensor of `len` bytes there and back; gives how many were right.
+#[farcall::function(name = "test::burst")]
+pub(crate) async fn burst(cx: Call, worker: String, calls: usize, len: usize) -> Result<usize> {
+    let x = pattern::run(len, 3)?;
+    let to = cx.to(&worker);
+    let replies: Vec<_> = (0..calls).map(|_| to.call(echo, (&x,)).into_future()).collect();
+    let mut right = 0;
+    for reply in replies {
+        right += usize::from(reply.await?.as_slice::<u8>()? == x.as_slice::<u8>()?);
+    }
+    Ok(right)
+}
+
+/// Calls of this worker in flight, and bytes of its storages.
+#[farcall::function(name = "test::held")]
+pub(crate) fn held(cx: &Call) -> (usize, usize) {
+    (cx.agent().in_flight(), cx.agent().runtime().stats().live_bytes)
 }
 
 // ---- failures ----

@@ -30,6 +30,11 @@ pub(crate) fn step(what: impl fmt::Display) {
 
 /// Runs a test's body; after [`TEST_MAX`] the test fails with the last [`step`].
 pub(crate) fn bounded(body: impl FnOnce() + Send + 'static) {
+    bounded_by(TEST_MAX, body);
+}
+
+/// The same for tests that take longer.
+pub(crate) fn bounded_by(max: Duration, body: impl FnOnce() + Send + 'static) {
     let name = thread::current().name().unwrap_or("a test").to_owned();
     let last = Arc::new(Mutex::new("its first".to_owned()));
     let (ended, wait) = mpsc::channel::<()>();
@@ -41,9 +46,9 @@ pub(crate) fn bounded(body: impl FnOnce() + Send + 'static) {
         body();
     });
     let runner = runner.expect("a thread for the test");
-    if wait.recv_timeout(TEST_MAX) == Err(mpsc::RecvTimeoutError::Timeout) {
+    if wait.recv_timeout(max) == Err(mpsc::RecvTimeoutError::Timeout) {
         let last = last.lock().unwrap_or_else(PoisonError::into_inner);
-        panic!("{name} did not end within {TEST_MAX:?}; it hung in: {last}");
+        panic!("{name} did not end within {max:?}; it hung in: {last}");
     }
     if let Err(panic) = runner.join() {
         std::panic::resume_unwind(panic);

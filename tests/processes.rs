@@ -5,4 +5,6 @@ mod descriptors;
 mod joining;
 mod leaving;
 mod logs;
+mod memory;
+mod restarts;
 pub(crate) mod spawn;

@@ -39,9 +39,8 @@ fn a_worker_is_called_by_name_by_rank_and_by_id() {
     bounded(|| {
         let group = Group::with(3, |options| options.name = Some(format!("worker-{}", options.rank)));
         let agent = &group.agents[0];
-        for to in
-            [agent.to("worker-2"), agent.to(2), agent.to(agent.workers().nth(2).map(|info| &info.id).expect("w2"))]
-        {
+        let w2 = agent.workers().nth(2).expect("w2");
+        for to in [agent.to("worker-2"), agent.to(2), agent.to(&w2.id)] {
             assert_eq!(to.call(relay, (Vec::new(), 0)).wait().expect("an answer"), 1);
         }
         let (name, rank, function) = agent.to("worker-2").call(caller, ()).wait().expect("a caller");

@@ -4,6 +4,7 @@ use crate::harness::bounded;
 
 use super::raw::{
     AT_KIND, AT_VERSION, Frame, HELLO, OFFER, REQUEST, Target, WELCOME, add_request, bulk_role, control, hello,
+    hello_metadata,
 };
 
 /// First bytes that are refused, with the text that says why.
@@ -127,6 +128,19 @@ fn a_peer_that_dialed_another_worker_is_refused_with_both_names() {
     refused(|target| {
         let hello = hello(target.group_name(), &control(Some("w9")));
         vec![(hello.bytes(), "worker w0 answered where w9 was dialed".to_owned())]
+    });
+}
+
+/// A process that was replaced is let in no more, so that none of its frames is taken for its successor's.
+#[test]
+fn an_earlier_life_of_a_worker_is_refused() {
+    refused(|target| {
+        let mut metadata = hello_metadata(target.group_name(), "w0", 0, &control(None));
+        // The process id, the life, and no Unix socket.
+        let life = metadata.windows(3).position(|bytes| bytes == [77, 1, 0]).expect("a worker") + 1;
+        metadata[life] = 0;
+        let hello = Frame { metadata, ..Frame::new(HELLO) };
+        vec![(hello.bytes(), "w0 was started again: this is its life 0, and life 1 has joined".to_owned())]
     });
 }
 

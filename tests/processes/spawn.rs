@@ -147,6 +147,7 @@ pub(crate) struct Processes {
     pub(crate) group: String,
     pub(crate) store: StoreServer,
     pub(crate) key: Option<JobKey>,
+    variables: Vec<(String, String)>,
 }
 
 impl Processes {
@@ -159,16 +160,23 @@ impl Processes {
         step("starting processes");
         let store = StoreServer::bind_with("127.0.0.1:0", StoreLimits::default(), key.clone()).expect("a store");
         let group = unique("processes");
-        let (world, address) = (modes.len().to_string(), store.address().to_string());
-        let start = |rank: usize, mode: &str| {
-            let mut command = command(mode, variables);
-            command.env("FARCALL_RANK", rank.to_string()).env("FARCALL_WORLD_SIZE", &world);
-            command.env("FARCALL_STORE", &address).env("FARCALL_GROUP", &group).env("FARCALL_HOST_STORE", "0");
-            command.envs(key.iter().map(|key| ("FARCALL_KEY", key.to_hex())));
-            Process::spawn(command)
-        };
-        let workers = modes.iter().enumerate().map(|(rank, mode)| mode.map(|mode| start(rank, mode))).collect();
-        Self { workers, group, store, key }
+        let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let workers = modes.iter().map(|_| None).collect();
+        let mut processes = Self { workers, group, store, key, variables };
+        for (rank, mode) in modes.iter().enumerate() {
+            processes.workers[rank] = mode.map(|mode| processes.spawn(rank, mode, &[]));
+        }
+        processes
+    }
+
+    /// A process for that rank, whether or not it has one already.
+    pub(crate) fn spawn(&self, rank: usize, mode: &str, more: &[(&str, &str)]) -> Process {
+        let mut command = command(mode, more);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command.env("FARCALL_RANK", rank.to_string()).env("FARCALL_WORLD_SIZE", self.workers.len().to_string());
+        command.env("FARCALL_STORE", self.store.address().to_string()).env("FARCALL_GROUP", &self.group);
+        command.env("FARCALL_HOST_STORE", "0").envs(self.key.iter().map(|key| ("FARCALL_KEY", key.to_hex())));
+        Process::spawn(command)
     }
 
     /// `n` workers that serve, and this process's agent as rank 0 of `n` + 1.

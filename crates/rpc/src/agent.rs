@@ -21,6 +21,7 @@ use crate::error::Stage;
 use crate::function::{Args, Function};
 use crate::join::{Group, Options};
 use crate::link::{Announcement, Link, call_error, resolve, run};
+use crate::lives::LookUps;
 use crate::registry::Registry;
 use crate::scope::Scope;
 use crate::table::{CallTable, Window};
@@ -38,9 +39,11 @@ pub(crate) struct Interned {
 }
 
 /// Where calls to one worker go.
-struct Route {
-    info: WorkerInfo,
-    current: Mutex<Option<(Arc<Endpoint>, Arc<Link>)>>,
+pub(crate) struct Route {
+    id: WorkerId,
+    /// Its newest life that is known.
+    pub(crate) info: Mutex<Arc<WorkerInfo>>,
+    pub(crate) current: Mutex<Option<(Arc<Endpoint>, Arc<Link>)>>,
 }
 
 pub(crate) struct Inner {
@@ -53,18 +56,19 @@ pub(crate) struct Inner {
     pub(crate) left: AtomicBool,
     /// Calls of this worker to itself.
     pub(crate) local: Mutex<CallTable>,
+    pub(crate) look_ups: Mutex<LookUps>,
     hand_on: Arc<JobCost>,
     routes: OnceLock<Vec<Route>>,
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
     interned: RwLock<HashMap<TypeId, Arc<Interned>>>,
     /// All that were made, in a simulation: there they are counted.
     simulated_links: Mutex<Vec<Weak<Link>>>,
-    me: WorkerId,
+    pub(crate) me: WorkerId,
     device_maps: HashMap<String, DeviceMap>,
     deadline: Duration,
     runtime_given: Option<Handle>,
     runtime_own: Mutex<Option<tokio::runtime::Runtime>>,
-    this: Weak<Inner>,
+    pub(crate) this: Weak<Inner>,
 }
 
 /// A worker's runtime: the group's other workers, calls to them, and the functions served to them.
@@ -97,6 +101,7 @@ impl Agent {
             closed: AtomicBool::new(false),
             left: AtomicBool::new(false),
             local: Mutex::new(CallTable::new(Window::UNLIMITED)),
+            look_ups: Mutex::default(),
             hand_on: Arc::default(),
             routes: OnceLock::new(),
             by_name: OnceLock::new(),
@@ -114,7 +119,12 @@ impl Agent {
     /// The group is complete: `workers` by rank.
     pub(crate) fn set_workers(&self, workers: Vec<WorkerInfo>) {
         let names = workers.iter().map(|info| (Arc::clone(&info.id.name), info.id.rank)).collect();
-        let routes = workers.into_iter().map(|info| Route { info, current: Mutex::default() }).collect();
+        let route = |info: WorkerInfo| Route {
+            id: info.id.clone(),
+            info: Mutex::new(Arc::new(info)),
+            current: Mutex::default(),
+        };
+        let routes = workers.into_iter().map(route).collect();
         // Set once, by the join that makes the agent.
         let _ = self.0.by_name.set(names);
         let _ = self.0.routes.set(routes);
@@ -125,9 +135,9 @@ impl Agent {
         &self.0.me
     }
 
-    /// The group's workers by rank, this one included.
-    pub fn workers(&self) -> impl ExactSizeIterator<Item = &WorkerInfo> {
-        self.0.routes().iter().map(|route| &route.info)
+    /// The group's workers by rank, this one included: of each the newest life that is known.
+    pub fn workers(&self) -> impl ExactSizeIterator<Item = Arc<WorkerInfo>> {
+        self.0.routes().iter().map(|route| Arc::clone(&lock(&route.info)))
     }
 
     /// Where this agent's tensors and streams come from.
@@ -211,6 +221,11 @@ impl Inner {
         self.routes.get().map_or(&[], Vec::as_slice)
     }
 
+    /// The route to a worker of the group; none if it is not of it.
+    pub(crate) fn route_of(&self, worker: &WorkerId) -> Option<&Route> {
+        self.routes().get(worker.rank as usize).filter(|route| route.id == *worker)
+    }
+
     /// The map for the worker of that name; none means the same indices.
     pub(crate) fn device_map(&self, worker: &str) -> DeviceMap {
         self.device_maps.get(worker).cloned().unwrap_or_default()
@@ -247,19 +262,26 @@ impl Inner {
         {
             return Ok((Arc::clone(endpoint), Arc::clone(link)));
         }
-        let link = Link::new(&self.this, route.info.id.clone());
-        let endpoint = Endpoint::dial(&self.driver, &route.info, Arc::clone(&link) as Arc<dyn Peer>)?;
+        let info = Arc::clone(&lock(&route.info));
+        let link = Link::new(&self.this, route.id.clone());
+        let endpoint = Endpoint::dial(&self.driver, &info, Arc::clone(&link) as Arc<dyn Peer>)
+            .inspect_err(|_| self.look_up(rank))?;
         *current = Some((Arc::clone(&endpoint), Arc::clone(&link)));
         Ok((endpoint, link))
     }
 
     /// Lets calls to a worker that dialed this one share its connection, unless they have one of their own. (Two that dial
     /// each other at once keep one each.)
-    pub(crate) fn adopt(&self, worker: &WorkerId, endpoint: &Arc<Endpoint>, link: &Arc<Link>) {
-        let Some(route) = self.routes().get(worker.rank as usize) else { return };
-        // A restarted or foreign worker may use the rank; calls go to the one that joined.
-        if endpoint.remote() == Some(&route.info)
-            && let Ok(mut current) = route.current.try_lock()
+    pub(crate) fn adopt(&self, endpoint: &Arc<Endpoint>, link: &Arc<Link>) {
+        let Some(remote) = endpoint.remote() else { return };
+        // A worker of another group may use the rank; calls go to the one that joined.
+        let Some(route) = self.route_of(&remote.id) else { return };
+        self.learn(remote);
+        let newest = lock(&route.info).incarnation;
+        if remote.incarnation < newest {
+            return endpoint.close(CloseCause::Replaced { life: newest });
+        }
+        if let Ok(mut current) = route.current.try_lock()
             && current.is_none()
         {
             *current = Some((Arc::clone(endpoint), Arc::clone(link)));
@@ -267,8 +289,11 @@ impl Inner {
     }
 
     /// A closed endpoint is no route any more.
-    pub(crate) fn forget(&self, worker: &WorkerId, endpoint: &Arc<Endpoint>) {
-        let Some(route) = self.routes().get(worker.rank as usize) else { return };
+    pub(crate) fn forget(&self, worker: &WorkerId, endpoint: &Arc<Endpoint>, cause: &CloseCause) {
+        let Some(route) = self.route_of(worker) else { return };
+        if !matches!(cause, CloseCause::LocalShutdown | CloseCause::PeerShutdown { .. } | CloseCause::Replaced { .. }) {
+            self.look_up(worker.rank);
+        }
         let Ok(mut current) = route.current.try_lock() else { return };
         if current.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, endpoint)) && !planted::has(Bug::RouteKept) {
             *current = None;
@@ -311,8 +336,11 @@ impl Drop for Inner {
 pub(crate) struct Acceptor(pub(crate) Weak<Inner>);
 
 impl Service for Acceptor {
-    fn on_open(&self, remote: &WorkerInfo) -> Arc<dyn Peer> {
-        Link::new(&self.0, remote.id.clone())
+    fn on_open(&self, remote: &WorkerInfo) -> Result<Arc<dyn Peer>, CloseCause> {
+        if let Some(agent) = self.0.upgrade() {
+            agent.check_life(remote)?;
+        }
+        Ok(Link::new(&self.0, remote.id.clone()))
     }
 
     fn on_timer(&self, now: Instant) -> Option<Instant> {
@@ -419,7 +447,7 @@ impl To<'_> {
             slot.complete(Err(CallError::NoSuchWorker { target, known }));
             return Reply::new(slot, None);
         };
-        let worker = Arc::clone(&agent.routes()[rank as usize].info.id.name);
+        let worker = Arc::clone(&agent.routes()[rank as usize].id.name);
         let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, deadline, now);
         if is_forked_child() {
             slot.complete(Err(CallError::ForkedProcess { call: slot.id.clone() }));

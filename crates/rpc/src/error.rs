@@ -202,6 +202,9 @@ pub enum JoinError {
     /// Two workers of the group have one name.
     #[error("ranks {ranks:?} are both named {name}")]
     DuplicateWorker { name: Arc<str>, ranks: [u32; 2] },
+    /// Another process holds this rank, and does not end.
+    #[error("rank {rank} is held by {holder}; end that process first, or give each worker a rank of its own")]
+    RankTaken { rank: u32, holder: String },
     /// A device map that cannot be.
     #[error("device map for {worker}: {message}")]
     DeviceMap { worker: String, message: String },

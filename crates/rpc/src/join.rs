@@ -1,16 +1,17 @@
 //! Joining a group of a known size, and leaving it together.
 //!
 //! Static join: each worker publishes its address in the store and waits for all others'. Leaving: a worker is done when
-//! its own calls have their replies; it then serves on until every other is done or gone, and only then closes.
+//! its own calls have their replies; it then serves on until every other is done or gone, and only then closes. One that was
+//! started again meanwhile ([`crate::lives`]) must be done or gone, too.
 //! Invariant BOUNDED: joining and leaving have deadlines; what they miss is named.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use farcall_device::Runtime;
 use farcall_transport::{
@@ -21,6 +22,7 @@ use tokio::sync::oneshot;
 
 use crate::agent::{Acceptor, Agent};
 use crate::error::JoinError;
+use crate::lives;
 use crate::settings::Settings;
 use crate::{DeviceMap, Registry};
 
@@ -168,28 +170,57 @@ pub(crate) struct Group {
     /// Kept while the group may need it.
     server: std::sync::Mutex<Option<StoreServer>>,
     prefix: String,
+    rank: u32,
+    life: u64,
     world_size: u32,
     shutdown_timeout: Duration,
 }
 
 impl Group {
-    fn key(&self, what: &str, rank: u32) -> String {
-        format!("{}/{what}/{rank}", self.prefix)
+    /// Says `what` of this worker.
+    fn tell(&self, what: &str) -> Result<(), StoreError> {
+        self.store.set(&lives::key(&self.prefix, what, self.rank, self.life), b"")
     }
 
-    /// Publishes `what` for `rank`, and waits until every rank has published it or is gone.
-    fn meet(&self, what: &str, rank: u32, deadline: Instant) -> Result<(), StoreError> {
-        self.store.set(&self.key(what, rank), b"")?;
-        let keys: Vec<[String; 2]> =
-            (0..self.world_size).map(|rank| [self.key(what, rank), gone_key(&identity(&self.prefix, rank))]).collect();
-        let groups: Vec<[&str; 2]> = keys.iter().map(|[a, b]| [a.as_str(), b.as_str()]).collect();
-        let groups: Vec<&[&str]> = groups.iter().map(<[&str; 2]>::as_slice).collect();
-        self.store.wait_each(&groups, deadline)
+    /// Says `what` of this worker, and waits until the newest life of every rank has said it or is gone.
+    fn meet(&self, what: &str, deadline: Instant) -> Result<(), StoreError> {
+        self.tell(what)?;
+        let mut newest = lives::newest(&self.store, &self.prefix, self.world_size)?;
+        loop {
+            let key = |(rank, life)| {
+                let said = lives::key(&self.prefix, what, rank, life);
+                [said, gone_key(&lives::identity(&self.prefix, rank, life))]
+            };
+            let keys: Vec<[String; 2]> = (0..).zip(newest.iter().copied()).map(key).collect();
+            let groups: Vec<[&str; 2]> = keys.iter().map(|[a, b]| [a.as_str(), b.as_str()]).collect();
+            let groups: Vec<&[&str]> = groups.iter().map(<[&str; 2]>::as_slice).collect();
+            self.store.wait_each(&groups, deadline)?;
+            let now = lives::newest(&self.store, &self.prefix, self.world_size)?;
+            if now == newest {
+                return Ok(());
+            }
+            newest = now;
+        }
     }
-}
 
-fn identity(prefix: &str, rank: u32) -> String {
-    format!("{prefix}/{rank}")
+    /// What workers of these ranks have published of themselves. Over a connection of its own: the group's may be waiting.
+    pub(crate) fn published(
+        &self,
+        ranks: BTreeSet<u32>,
+        me: &WorkerId,
+        config: &DriverConfig,
+    ) -> Result<Vec<WorkerInfo>, StoreError> {
+        let deadline = Instant::now() + config.connect_timeout;
+        let identity = format!("{}/looking/{}/{}", self.prefix, me.rank, self.life);
+        let store = EmbeddedStore::connect_with(self.store.address(), &identity, config.key.as_ref(), deadline)?;
+        let mut workers = Vec::with_capacity(ranks.len());
+        for rank in ranks {
+            let published = store.get(&lives::worker_key(&self.prefix, rank))?;
+            workers.extend(published.and_then(|info| postcard::from_bytes(&info).ok()));
+        }
+        store.close()?;
+        Ok(workers)
+    }
 }
 
 impl Agent {
@@ -218,8 +249,11 @@ impl Agent {
         let host = || StoreServer::bind_with(&options.store, StoreLimits::default(), options.key.clone());
         let server = options.host_store.then(host).transpose()?;
         let address = server.as_ref().map_or_else(|| options.store.clone(), |server| server.address().to_string());
-        let me = identity(&options.group, options.rank);
+        let (group, rank) = (&options.group, options.rank);
+        let life = lives::begin(&address, group, rank, options.key.as_ref(), deadline)?;
+        let me = lives::identity(group, rank, life);
         let store = EmbeddedStore::connect_with(&address, &me, options.key.as_ref(), deadline)?;
+        lives::await_earlier(&store, group, rank, life, deadline)?;
         let hosted = server.as_ref().map(StoreServer::address);
         let Listen { address: listen, advertise, ports } = Listen::of(&options, store.local_address(), hosted)?;
 
@@ -229,7 +263,7 @@ impl Agent {
             address: listen,
             pid: std::process::id(),
             local: None,
-            incarnation: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_nanos() as u64),
+            incarnation: life,
         };
         let config = DriverConfig {
             worker,
@@ -255,6 +289,8 @@ impl Agent {
             store,
             server: std::sync::Mutex::new(server),
             prefix: options.group.clone(),
+            rank: options.rank,
+            life,
             world_size: options.world_size,
             shutdown_timeout: options.shutdown_timeout,
         };
@@ -327,11 +363,10 @@ impl Agent {
         while self.in_flight() > 0 && in_time() {
             std::thread::sleep(DRAIN_TICK);
         }
-        let rank = self.worker().rank;
         let met = loop {
             // A store bounds each wait: who has longer asks again.
             let slice = Instant::now() + SERVE_WAIT;
-            match group.meet("done", rank, deadline.map_or(slice, |deadline| deadline.min(slice))) {
+            match group.meet("done", deadline.map_or(slice, |deadline| deadline.min(slice))) {
                 Err(StoreError::Missing { .. }) if in_time() => {}
                 met => break met,
             }
@@ -340,12 +375,12 @@ impl Agent {
         // Who hosts the store keeps it until the others know that all are done.
         let hosts = group.server.lock().is_ok_and(|server| server.is_some());
         if hosts {
-            if let Err(error) = group.meet("left", rank, Instant::now() + STOP_WAIT) {
+            if let Err(error) = group.meet("left", Instant::now() + STOP_WAIT) {
                 tracing::warn!(%error, "closing the store before everybody left it");
             }
         } else if met.is_ok() {
             // If the host is gone already, it knows.
-            let _ = group.store.set(&group.key("left", rank), b"");
+            let _ = group.tell("left");
         }
         let _ = group.store.close();
         if let Ok(mut server) = group.server.lock() {
@@ -420,8 +455,8 @@ fn meet_workers(group: &Group, worker: &WorkerInfo, deadline: Instant) -> Result
     let malformed = |rank: u32, message: String| JoinError::Malformed { rank, message };
     let rank = worker.id.rank;
     let published = postcard::to_stdvec(worker).map_err(|error| malformed(rank, error.to_string()))?;
-    group.store.set(&group.key("worker", rank), &published)?;
-    let keys: Vec<String> = (0..group.world_size).map(|rank| group.key("worker", rank)).collect();
+    group.store.set(&lives::worker_key(&group.prefix, rank), &published)?;
+    let keys: Vec<String> = (0..group.world_size).map(|rank| lives::worker_key(&group.prefix, rank)).collect();
     let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
     let mut workers: Vec<WorkerInfo> = Vec::with_capacity(keys.len());
     for (value, rank) in group.store.wait(&keys, deadline)?.iter().zip(0..) {

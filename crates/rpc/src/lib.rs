@@ -20,6 +20,7 @@ mod error;
 mod function;
 mod join;
 mod link;
+mod lives;
 mod nearest;
 mod registry;
 mod scope;

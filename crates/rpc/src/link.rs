@@ -657,7 +657,7 @@ pub(crate) fn reached(endpoint: &Endpoint) -> Stage {
 impl Peer for Link {
     fn on_opened(self: Arc<Self>, endpoint: &Arc<Endpoint>) {
         if let Some(agent) = self.agent.upgrade() {
-            agent.adopt(&self.worker, endpoint, &self);
+            agent.adopt(endpoint, &self);
         }
     }
 
@@ -693,7 +693,7 @@ impl Peer for Link {
         };
         scopes.values().for_each(|scope| scope.cancel());
         if let Some(agent) = self.agent.upgrade() {
-            agent.forget(&self.worker, endpoint);
+            agent.forget(&self.worker, endpoint, cause);
         }
         match **cause {
             // In order, or never open: then who wanted it open has the error.

@@ -221,9 +221,8 @@ impl Cluster {
         let host = self.world.start(index);
         host.set_drift_ppm(self.plan.drifts_ppm[index]);
         let info = farcall_rpc::sim::worker(&host, index as u32, self.infos[index].incarnation + 1);
-        let mut infos = self.infos.clone();
-        infos[index] = info.clone();
-        match Agent::simulated(&self.options, &host, infos, info) {
+        self.infos[index] = info.clone();
+        match Agent::simulated(&self.options, &host, self.infos.clone(), info) {
             Ok(agent) => self.members[index] = Member { host, agent },
             Err(error) => self.violation(format!("w{index} cannot be restarted: {error}")),
         }

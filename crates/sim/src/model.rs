@@ -210,6 +210,7 @@ pub(crate) fn fits(cause: &CloseCause, one: u32, other: u32, at: Duration, fault
     match cause {
         CloseCause::Silent { .. } => any(silences),
         CloseCause::PeerLost { .. } => any(ends),
+        CloseCause::Replaced { .. } => any(|kind| matches!(kind, FaultKind::Kill { .. })),
         CloseCause::Connect { .. } => any(|kind| matches!(kind, FaultKind::Kill { .. } | FaultKind::Reset { .. })),
         CloseCause::ConnectTimeout { .. } => any(delays),
         CloseCause::Protocol(ProtocolError::TruncatedFrame { .. } | ProtocolError::UnknownBulkKey) => any(ends),

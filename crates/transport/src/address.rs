@@ -38,7 +38,7 @@ pub struct WorkerInfo {
     pub address: SocketAddr,
     /// The process's id on its host, for people and tools.
     pub pid: u32,
-    /// Differs between two lives of one worker.
+    /// Which life of this worker: a later one has a greater number.
     pub incarnation: u64,
     /// Where workers of the same user on the same host find it; the driver that listens there sets it.
     pub local: Option<LocalAddress>,
@@ -200,6 +200,9 @@ impl Goodbye {
             // For a process that was stopped and goes on.
             CloseCause::Silent { silent } => {
                 (Reason::Refused, format!("nothing was heard from this worker for {silent:?}, so it counted as lost"))
+            }
+            CloseCause::Replaced { life } => {
+                (Reason::Refused, format!("this worker was started again, as its life {life}"))
             }
             // To each side its own words; these would name the receiver to itself.
             CloseCause::Auth(error) => (error.reason(), String::new()),

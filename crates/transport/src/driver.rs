@@ -62,14 +62,18 @@ const EVENTS: usize = 64;
 /// What an agent makes of the peers that dial it.
 pub trait Service: Send + Sync + 'static {
     /// A peer said hello; gives what handles its frames. Called by the leader; must not block.
-    fn on_open(&self, remote: &WorkerInfo) -> Arc<dyn Peer>;
+    ///
+    /// # Errors
+    /// Why it is not let in, which it is told.
+    fn on_open(&self, remote: &WorkerInfo) -> Result<Arc<dyn Peer>, CloseCause>;
     /// Fails what is overdue beyond any endpoint; gives the next deadline.
     fn on_timer(&self, now: Instant) -> Option<Instant>;
 }
 
 /// The agent's view of one endpoint. Called by whichever thread drives it; no method may block.
 pub trait Peer: Send + Sync + 'static {
-    /// The peer was let in and welcomed: from now on frames may be sent. Not called for endpoints that this side dialed.
+    /// The peer is known by its own word ([`Endpoint::remote`]). On the side that was dialed it is welcomed, too, and frames may
+    /// be sent from now on.
     fn on_opened(self: Arc<Self>, endpoint: &Arc<Endpoint>);
     /// A frame arrived, tensors included.
     ///

@@ -516,8 +516,18 @@ impl Endpoint {
             let (found, expected) = (welcome.worker.id.name.to_string(), expected.to_string());
             return Err(ProtocolError::WrongWorker { found, expected }.into());
         }
+        let (found, dialed) = (&welcome.worker, self.dialed.as_ref().map(|(worker, _)| worker));
+        if let Some(dialed) = dialed
+            && found.incarnation < dialed.incarnation
+        {
+            let (life, newest) = (found.incarnation, dialed.incarnation);
+            return Err(ProtocolError::EarlierLife { worker: found.id.name.to_string(), life, newest }.into());
+        }
         // The only writer: frames of one connection are delivered one at a time, and a second welcome is refused.
         let _ = self.remote.set(welcome.worker);
+        if let Some(peer) = self.peer.get() {
+            Arc::clone(peer).on_opened(self);
+        }
         self.watch_life();
         let mut tx = lock(&self.tx);
         let mut bulk = lock(&self.bulk);

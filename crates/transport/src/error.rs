@@ -81,6 +81,9 @@ pub enum ProtocolError {
     /// The dialer wanted another worker than the one at this address.
     #[error("worker {found} answered where {expected} was dialed")]
     WrongWorker { found: String, expected: String },
+    /// A process that another one of the same name has replaced.
+    #[error("{worker} was started again: this is its life {life}, and life {newest} has joined")]
+    EarlierLife { worker: String, life: u64, newest: u64 },
     /// A bulk connection for an endpoint that is not there.
     #[error("bulk connection with an unknown key")]
     UnknownBulkKey,
@@ -160,6 +163,9 @@ pub enum CloseCause {
     /// One side did not prove the job's key.
     #[error(transparent)]
     Auth(AuthError),
+    /// The worker was started again; this connection was to its earlier process.
+    #[error("the worker was started again, as its life {life}; this connection was to an earlier one")]
+    Replaced { life: u64 },
     /// No connection came about.
     #[error("cannot connect to {route}: {source}")]
     Connect { route: Route, source: Arc<io::Error> },

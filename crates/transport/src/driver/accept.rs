@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use socket2::SockAddr;
 
 use super::sources::{Registration, Source};
-use super::{Driver, Service};
+use super::{Driver, Peer};
 use crate::address::{Goodbye, Hello, Role};
 use crate::auth::{Acceptor, Realm};
 use crate::endpoint::{Endpoint, encoded, greeting, lock, lost, read_greeting, write_greeting};
@@ -291,14 +291,15 @@ impl Driver {
                     return Err(ProtocolError::WrongWorker { found, expected: target.to_string() }.into());
                 }
                 let Some(service) = lock(&self.service).clone() else { return Ok(()) };
+                let peer = service.on_open(&hello.worker)?;
                 self.remove(&greeting.registration);
-                self.open(socket, hello, acceptor, &*service);
+                self.open(socket, hello, acceptor, peer);
             }
         }
         Ok(())
     }
 
-    fn open(self: &Arc<Self>, socket: Socket, hello: Hello, acceptor: Option<Acceptor>, service: &dyn Service) {
+    fn open(self: &Arc<Self>, socket: Socket, hello: Hello, acceptor: Option<Acceptor>, peer: Arc<dyn Peer>) {
         let (remote, features) = (hello.worker.clone(), hello.features);
         let random = match self.fresh() {
             Ok(random) => random,
@@ -311,7 +312,6 @@ impl Driver {
             unreachable!("a nonce has 32 bytes")
         };
         let opened = Endpoint::accepted(self, socket, hello, key).and_then(|endpoint| {
-            let peer = service.on_open(&remote);
             let admitted = endpoint.welcome(Arc::clone(&peer), features, acceptor);
             lock(&self.bulk_keys).insert(key, Arc::downgrade(&endpoint));
             match admitted {

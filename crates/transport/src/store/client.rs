@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::wire::{self, CHALLENGE, GREETING, Hello, Reply, Request, TooLarge, VERSION};
 use super::{Refusal, Store, StoreError};
 use crate::auth::{Dialer, Realm};
+use crate::fork::Kept;
 use crate::key::fresh;
 use crate::{AuthError, JobKey, ProtocolError};
 
@@ -26,6 +27,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_
 #[derive(Debug)]
 pub struct EmbeddedStore {
     address: String,
+    /// A forked child does not keep it, so that the store sees the parent's end.
+    _kept: Kept,
     /// `None` once closed or lost, and while an operation has it: after a panic it is not used again.
     stream: Mutex<Option<TcpStream>>,
 }
@@ -58,7 +61,10 @@ impl EmbeddedStore {
         loop {
             let source = match dial(address, deadline) {
                 Ok(stream) => match greet(&stream, address, identity, key, deadline) {
-                    Ok(()) => return Ok(Self { address: address.to_owned(), stream: Mutex::new(Some(stream)) }),
+                    Ok(()) => {
+                        let (address, kept) = (address.to_owned(), Kept::new(&stream));
+                        return Ok(Self { address, _kept: kept, stream: Mutex::new(Some(stream)) });
+                    }
                     // It is ending, or its host is not done starting: as good as refused.
                     Err(StoreError::Lost { source, .. }) => source,
                     Err(error) => return Err(error),
