@@ -3,6 +3,7 @@
 use std::any::TypeId;
 use std::collections::HashMap;
 use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 use std::time::{Duration, Instant};
@@ -38,6 +39,24 @@ pub(crate) struct Interned {
     pub(crate) announcement: Arc<[u8]>,
 }
 
+/// For keys that are hashes themselves, as a type's id is.
+#[derive(Default)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 /// Where calls to one worker go.
 pub(crate) struct Route {
     id: WorkerId,
@@ -60,7 +79,7 @@ pub(crate) struct Inner {
     hand_on: Arc<JobCost>,
     routes: OnceLock<Vec<Route>>,
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
-    interned: RwLock<HashMap<TypeId, Arc<Interned>>>,
+    interned: RwLock<HashMap<TypeId, Arc<Interned>, BuildHasherDefault<AsItIs>>>,
     /// All that were made, in a simulation: there they are counted.
     simulated_links: Mutex<Vec<Weak<Link>>>,
     pub(crate) me: WorkerId,

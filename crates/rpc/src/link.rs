@@ -1,6 +1,6 @@
 //! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, Weak};
@@ -89,7 +89,7 @@ struct Served {
     /// In order, so that a simulation cancels them in the same order each time.
     open: BTreeMap<u64, Arc<Scope>>,
     /// Cancelled while their payload was on its way.
-    cancelled_early: HashSet<u64>,
+    cancelled_early: BTreeSet<u64>,
     /// The endpoint has closed: nobody waits for any answer.
     closed: bool,
 }

@@ -199,8 +199,14 @@ fn noticed_late(record: &Record, at: Duration, faults: &[Fault]) -> Option<Strin
 pub(crate) fn fits(cause: &CloseCause, one: u32, other: u32, at: Duration, faults: &[Fault]) -> bool {
     // What is cut off is missed only after a while, a connect that does not come about, too.
     let lately = NOTICED + SLACK;
+    // Who was stopped itself, or busy, meets what it missed when it goes on.
+    let hindered = |fault: &&Fault| {
+        let held_up = matches!(fault.kind, FaultKind::Stop | FaultKind::Busy) && fault.machine == one;
+        held_up && fault.from <= at && at <= fault.until + lately
+    };
+    let since = faults.iter().filter(hindered).map(|fault| fault.from).min().unwrap_or(at);
     let any = |kinds: fn(FaultKind) -> bool| {
-        let in_time = |fault: &Fault| fault.from <= at && at <= fault.until + lately;
+        let in_time = |fault: &Fault| fault.from <= at && since <= fault.until + lately;
         faults.iter().any(|fault| kinds(fault.kind) && fault.touches(one, other) && in_time(fault))
     };
     let silences =
@@ -210,7 +216,10 @@ pub(crate) fn fits(cause: &CloseCause, one: u32, other: u32, at: Duration, fault
     match cause {
         CloseCause::Silent { .. } => any(silences),
         CloseCause::PeerLost { .. } => any(ends),
-        CloseCause::Replaced { .. } => any(|kind| matches!(kind, FaultKind::Kill { .. })),
+        // Whenever the two next meet.
+        CloseCause::Replaced { .. } => faults
+            .iter()
+            .any(|fault| matches!(fault.kind, FaultKind::Kill { .. }) && fault.machine == other && fault.until <= at),
         CloseCause::Connect { .. } => any(|kind| matches!(kind, FaultKind::Kill { .. } | FaultKind::Reset { .. })),
         CloseCause::ConnectTimeout { .. } => any(delays),
         CloseCause::Protocol(ProtocolError::TruncatedFrame { .. } | ProtocolError::UnknownBulkKey) => any(ends),

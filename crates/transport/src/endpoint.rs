@@ -22,7 +22,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,8 +47,11 @@ use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, Wo
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
+/// With so much unread, small frames at worst, a socket may be full: no more can come.
+const FULL_BYTES: u64 = 8 << 10;
 /// Room for outgoing frames that an endpoint keeps: two whole ones, so that steady traffic allocates nothing.
 const WIRE_KEPT_BYTES: usize = 160 << 10;
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 enum Status {
@@ -88,6 +91,8 @@ pub struct Endpoint {
     bulk_stalled: AtomicBool,
     /// The last heartbeat of this side before bytes of the peer came.
     heard: AtomicU32,
+    /// Bytes that the last heartbeat found unread: signs of life that it has counted.
+    unread: AtomicU64,
     /// The last heartbeat of this side before the peer took bytes.
     took: AtomicU32,
     /// Answers that wait to be taken by the peer's socket.
@@ -181,6 +186,7 @@ impl Endpoint {
             transfers: Mutex::default(),
             bulk_stalled: AtomicBool::new(false),
             heard: AtomicU32::new(driver.beats()),
+            unread: AtomicU64::new(0),
             took: AtomicU32::new(driver.beats()),
             untaken: AtomicUsize::new(0),
             opened_at: driver.now(),
@@ -616,9 +622,31 @@ impl Endpoint {
         self.poll_readable(Duration::ZERO).unwrap_or(true)
     }
 
-    /// The peer lives.
+    /// Bytes were read: the peer lives, unless they have lain here since the last heartbeat, which has counted them.
     fn hear(&self) {
-        self.heard.store(self.driver.beats(), Ordering::Relaxed);
+        if self.unread.load(Ordering::Relaxed) == 0 {
+            self.heard.store(self.driver.beats(), Ordering::Relaxed);
+        } else {
+            self.unread.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Nothing was read since the last heartbeat. Who is not read, because a handler holds the reader up, still lives if more has
+    /// come of it meanwhile, or may be kept from sending more. Gives why it is lost, if it is.
+    fn judge_silence(&self, beat: u32) -> Option<CloseCause> {
+        let unread = self.control.socket().unread_bytes().unwrap_or(0);
+        if unread > self.unread.swap(unread, Ordering::Relaxed) || unread >= FULL_BYTES {
+            self.heard.store(beat, Ordering::Relaxed);
+        }
+        if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) < BEATS_MISSED {
+            return None;
+        }
+        let ended = unread == 0 && self.has_unread();
+        Some(if ended {
+            CloseCause::PeerLost { source: None }
+        } else {
+            CloseCause::Silent { silent: self.driver.config().peer_timeout }
+        })
     }
 
     /// Sends a ping, and closes the endpoint if the peer has missed too many. Called by the watchdog's thread.
@@ -627,15 +655,11 @@ impl Endpoint {
         if self.status() != Status::Open {
             return;
         }
-        let silent = CloseCause::Silent { silent: self.driver.config().peer_timeout };
-        if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) >= BEATS_MISSED
+        if beat != self.heard.load(Ordering::Relaxed)
             && !(planted::has(Bug::SilenceIgnored) && self.dialed.is_none())
+            && let Some(cause) = self.judge_silence(beat)
         {
-            // Who is not read, because a handler holds the reader up, is not silent.
-            if !self.has_unread() {
-                return self.close(silent);
-            }
-            self.hear();
+            return self.close(cause);
         }
         let Ok(mut tx) = self.tx.try_lock() else { return };
         let backlog = tx.wire.len() - tx.sent;
@@ -644,7 +668,7 @@ impl Endpoint {
         {
             // It speaks, but takes nothing.
             drop(tx);
-            return self.close(silent);
+            return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
         }
         // Bytes that wait to leave will say the same.
         if tx.wire.is_empty() && self.cause.get().is_none() {

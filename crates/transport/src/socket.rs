@@ -114,6 +114,14 @@ impl Socket {
         }
     }
 
+    /// Bytes that have come and are not read.
+    pub(crate) fn unread_bytes(&self) -> Result<u64, Errno> {
+        match self {
+            Self::System(socket) => rustix::io::ioctl_fionread(socket),
+            Self::Simulated(socket) => Ok(socket.unread_bytes()),
+        }
+    }
+
     /// Whether something can be read, now or within `timeout`.
     pub(crate) fn poll_readable(&self, timeout: Duration) -> Result<bool, Errno> {
         match self {

@@ -217,6 +217,13 @@ impl Socket {
         self.with(|state, index| state.readiness(index).contains(EventFlags::IN))
     }
 
+    pub(crate) fn unread_bytes(&self) -> u64 {
+        self.with(|state, index| match state.readable(index) {
+            Ok(Progress::Bytes(len)) => len as u64,
+            Ok(Progress::WouldBlock | Progress::Ended) | Err(_) => 0,
+        })
+    }
+
     pub(crate) fn recv<'a>(&self, buffer: &'a mut [MaybeUninit<u8>]) -> Result<(Progress, &'a mut [u8]), Errno> {
         self.with(|state, index| {
             Ok(match state.readable(index)? {
