@@ -2,6 +2,7 @@
 //!
 //! - [`Schema`]: a signature in TorchScript's syntax, such as
 //!   `aten::add.Tensor(Tensor self, Tensor other, *, Scalar alpha=1) -> Tensor`; parsed from text and printed as torch prints it;
+//! - [`Schema::bind`], [`resolve`]: matching of arguments to one signature, and to the first of several overloads;
 //! - [`Type`], [`Literal`], [`Alias`]: its parts;
 //! - [`Value`]: none, bool, int, float, str, bytes, tensor, list, tuple, dict, ref; [`FromValue`]: the way back to Rust's types.
 //!
@@ -9,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bind;
 mod convert;
 mod literal;
 mod parse;
@@ -16,6 +18,7 @@ mod schema;
 mod types;
 mod value;
 
+pub use bind::{Candidate, Kwargs, NoMatch, Refused, resolve};
 pub use convert::{FromValue, ValueError};
 pub use literal::Literal;
 pub use parse::{DEPTH_MAX, Found, ITEMS_MAX, ParseError, TEXT_BYTES_MAX};
