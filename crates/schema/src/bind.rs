@@ -327,7 +327,9 @@ impl<'a> Converter<'a> {
                 let of: &'a Type = of;
                 self.all(values, |_| of).map(Value::List)
             }
-            (Type::List(of, Some(len)), Value::Int(_) | Value::Float(_)) => {
+            (Type::List(of, Some(len)), Value::Int(_) | Value::Float(_))
+                if matches!(of.bare(), Type::Int | Type::SymInt | Type::Float) =>
+            {
                 let one = self.convert(value, of)?;
                 Ok(Value::List(vec![one; *len as usize]))
             }

@@ -18,7 +18,7 @@ pub const DEPTH_MAX: usize = 32;
 pub const ITEMS_MAX: usize = 256;
 
 /// The length of a list that one number may stand for.
-const LIST_LEN_MAX: u32 = 1024;
+const LIST_LEN_MAX: u32 = 64;
 
 /// Why a text is no signature.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -327,7 +327,7 @@ impl<'a> Parser<'a> {
         let len = digits.parse().ok().filter(|len: &u32| (1..=LIST_LEN_MAX).contains(len));
         let Some(len) = len else {
             self.at -= digits.len();
-            return Err(self.expected("a length from 1 to 1024, or `]`,"));
+            return Err(self.expected("a length from 1 to 64, or `]`,"));
         };
         self.expect("]", "`]`")?;
         Ok(Some(len))

@@ -82,6 +82,7 @@ fn each_type_takes_its_values_and_what_converts_to_them() {
         ("int[]", 1.into(), "`int[] x` cannot be int"),
         ("int[2]?", 3.into(), "List([Int(3), Int(3)])"),
         ("float[2]", 3.into(), "List([Float(3.0), Float(3.0)])"),
+        ("int[2][2]", 3.into(), "`int[2][2] x` cannot be int"),
         ("int[2]", list(&[1, 2, 3]), "List([Int(1), Int(2), Int(3)])"),
         ("float[]", list(&[1, 2]), "List([Float(1.0), Float(2.0)])"),
         ("int[]", (1, 2).into(), "List([Int(1), Int(2)])"),
