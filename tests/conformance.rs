@@ -1,5 +1,6 @@
 //! What every call must do, between agents of one process: values, layouts, sizes, handlers, order, errors.
 
+mod builtins;
 mod cancel;
 mod devices;
 mod dtypes;

@@ -8,9 +8,11 @@ use std::task::{Context, Poll};
 
 use farcall_device::Encoded;
 use farcall_device::codec::{decode, encode};
+use farcall_schema::Value;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::builtin::RunError;
 use crate::error::Failure;
 use crate::{Call, Error};
 
@@ -97,6 +99,21 @@ impl Handler {
                 // The arguments own what they need of the frame.
                 drop(encoded);
                 answer(function(cx, args))
+            })))
+        })))
+    }
+
+    /// The handler of a builtin: values in, a value out.
+    pub(crate) fn builtin(run: impl Fn(&Call, Vec<Value>) -> Result<Value, RunError> + Send + Sync + 'static) -> Self {
+        Self(HandlerKind::Sync(Box::new(move |cx, encoded| {
+            caught(catch_unwind(AssertUnwindSafe(|| {
+                let values = read_args(&encoded)?;
+                drop(encoded);
+                match run(cx, values) {
+                    Ok(value) => answer(Ok(value)),
+                    Err(RunError::Failed(error)) => answer::<Value>(Err(error)),
+                    Err(RunError::Arguments(message)) => Err(Failure::BadArguments { message }),
+                }
             })))
         })))
     }

@@ -22,7 +22,7 @@ use crate::context::Call;
 use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
 use crate::function::{AnswerFuture, HandlerKind};
-use crate::registry::{Registered, Registry};
+use crate::registry::{FunctionKind, Registered, Registry};
 use crate::scope::Scope;
 use crate::sim::Census;
 use crate::table::{Abandoned, Admission, CallTable, Overdue, Window};
@@ -36,6 +36,7 @@ const CALLS_MAX: usize = 1 << 16;
 /// Metadata of a Function frame.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Announcement<'a> {
+    pub(crate) kind: FunctionKind,
     pub(crate) name: &'a str,
     pub(crate) signature: &'a str,
 }
@@ -454,8 +455,9 @@ impl Link {
 
 /// The function of that name, if it is registered here with that signature.
 pub(crate) fn resolve(registry: &Registry, announced: &Announcement<'_>) -> Result<Arc<Registered>, Failure> {
-    let Some(registered) = registry.find(announced.name) else {
-        return Err(Failure::UnknownFunction { nearest: registry.nearest(announced.name).map(str::to_owned) });
+    let &Announcement { kind, name, .. } = announced;
+    let Some(registered) = registry.find(kind, name) else {
+        return Err(Failure::UnknownFunction { nearest: registry.nearest(kind, name).map(str::to_owned) });
     };
     if registered.signature != announced.signature {
         return Err(Failure::Signature { callee: registered.signature.to_owned() });

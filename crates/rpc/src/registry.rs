@@ -5,7 +5,9 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use farcall_transport::JobCost;
+use serde::{Deserialize, Serialize};
 
+use crate::builtin::{Builtin, Builtins};
 use crate::error::JoinError;
 use crate::function::{Function, Handler};
 use crate::nearest::nearest;
@@ -35,10 +37,18 @@ pub(crate) struct Registered {
     pub(crate) cost: Arc<JobCost>,
 }
 
+/// Which of two spaces a function's name is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum FunctionKind {
+    User,
+    Builtin,
+}
+
 /// The functions an agent serves.
 #[derive(Clone, Default)]
 pub struct Registry {
     functions: HashMap<&'static str, Arc<Registered>>,
+    builtins: Builtins,
     duplicate: Option<&'static str>,
 }
 
@@ -54,9 +64,30 @@ impl Registry {
         Self::default()
     }
 
-    /// Every `#[farcall::function]` linked into this program.
+    /// Every `#[farcall::function]` linked into this program, and every builtin.
     pub fn collected() -> Self {
-        inventory::iter::<Registration>.into_iter().fold(Self::default(), Self::add)
+        inventory::iter::<Registration>.into_iter().fold(Self::default().with_builtins(), Self::add)
+    }
+
+    /// Serves the builtins, too: the operators of farcall, by torch's names.
+    #[must_use]
+    pub fn with_builtins(self) -> Self {
+        Self { builtins: Builtins::served(), ..self }
+    }
+
+    /// Adds one builtin; its callers need it, too, since they match arguments to it.
+    #[must_use]
+    pub fn with_builtin(mut self, builtin: Builtin) -> Self {
+        let name = builtin.name();
+        if !self.builtins.add(builtin) {
+            self.duplicate = Some(name);
+        }
+        self
+    }
+
+    /// The builtins that can be called by name, in the order in which overloads are tried.
+    pub fn builtins(&self) -> impl Iterator<Item = &Builtin> {
+        self.builtins.iter()
     }
 
     /// Adds one function.
@@ -86,13 +117,23 @@ impl Registry {
         self.duplicate.map_or(Ok(()), |name| Err(JoinError::DuplicateFunction { name }))
     }
 
-    pub(crate) fn find(&self, name: &str) -> Option<&Arc<Registered>> {
-        self.functions.get(name)
+    pub(crate) fn known_builtins(&self) -> &Builtins {
+        &self.builtins
     }
 
-    /// The registered name most like `name`, if any is close.
-    pub(crate) fn nearest(&self, name: &str) -> Option<&'static str> {
-        nearest(name, self.functions.keys().copied())
+    pub(crate) fn find(&self, kind: FunctionKind, name: &str) -> Option<&Arc<Registered>> {
+        match kind {
+            FunctionKind::User => self.functions.get(name),
+            FunctionKind::Builtin => self.builtins.find(name),
+        }
+    }
+
+    /// The registered name of that kind most like `name`, if any is close.
+    pub(crate) fn nearest(&self, kind: FunctionKind, name: &str) -> Option<&'static str> {
+        match kind {
+            FunctionKind::User => nearest(name, self.functions.keys().copied()),
+            FunctionKind::Builtin => self.builtins.nearest_served(name),
+        }
     }
 }
 
@@ -117,9 +158,9 @@ mod tests {
     #[test]
     fn nearest_name_is_found_by_spelling_or_by_last_part() {
         let registry = Registry::empty().with(Double);
-        assert_eq!(registry.nearest("math::duoble"), Some("math::double"));
-        assert_eq!(registry.nearest("other::module::double"), Some("math::double"));
-        assert_eq!(registry.nearest("completely::else"), None);
+        assert_eq!(registry.nearest(FunctionKind::User, "math::duoble"), Some("math::double"));
+        assert_eq!(registry.nearest(FunctionKind::User, "other::module::double"), Some("math::double"));
+        assert_eq!(registry.nearest(FunctionKind::User, "completely::else"), None);
     }
 
     #[test]
