@@ -111,7 +111,15 @@ fn calls_of_unknown_functions_and_signatures_are_errors_of_the_call() {
         let error = peer.expect(ERROR);
         let mut metadata = Cursor(&error.metadata);
         assert_eq!((error.call, metadata.varint(), metadata.text().as_str()), (2, 1, "(i64, i64) -> i64"));
-        peer.adds(3);
+        let signature = "(i64, i64) -> i64";
+        let types = [vec![0], text("test::add"), text(signature), text("(i64, i32) -> i64")].concat();
+        peer.send(&Frame { metadata: types, ..announcement(4, "", "") }.bytes());
+        peer.send(&Frame { function: 4, ..add_request(3) }.bytes());
+        let error = peer.expect(ERROR);
+        let mut metadata = Cursor(&error.metadata);
+        assert_eq!((error.call, metadata.varint()), (3, 7), "other types");
+        assert_eq!((metadata.text().as_str(), metadata.text().as_str()), ("(i64, i32) -> i64", signature));
+        peer.adds(4);
         target.shutdown();
     });
 }

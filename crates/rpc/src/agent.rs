@@ -23,7 +23,7 @@ use crate::context::Call;
 use crate::error::Stage;
 use crate::function::{Args, Function};
 use crate::join::{Group, Options};
-use crate::link::{Announcement, Link, call_error, resolve, run};
+use crate::link::{Announcement, Link, SameTypes, call_error, resolve, run};
 use crate::lives::LookUps;
 use crate::registry::{FunctionKind, Registry};
 use crate::scope::Scope;
@@ -52,7 +52,8 @@ impl Interning {
     /// What stands for `callee` from now on.
     fn number(&self, callee: &Callee) -> Arc<Interned> {
         let id = (self.by_type.len() + self.builtins.len()) as u32;
-        let announcement = match postcard::to_stdvec(&callee.announcement()) {
+        let types = (callee.types)();
+        let announcement = match postcard::to_stdvec(&callee.announcement(&types)) {
             Ok(bytes) => bytes.into(),
             Err(error) => unreachable!("strings always encode: {error}"),
         };
@@ -66,19 +67,21 @@ struct Callee {
     kind: FunctionKind,
     name: &'static str,
     signature: &'static str,
+    /// Asked once, before its first call.
+    types: fn() -> String,
 }
 
 impl Callee {
     const fn of<F: Function>() -> Self {
-        Self { kind: FunctionKind::User, name: F::NAME, signature: F::SIGNATURE }
+        Self { kind: FunctionKind::User, name: F::NAME, signature: F::SIGNATURE, types: F::types }
     }
 
     fn builtin(builtin: &Builtin) -> Self {
-        Self { kind: FunctionKind::Builtin, name: builtin.name(), signature: builtin.text() }
+        Self { kind: FunctionKind::Builtin, name: builtin.name(), signature: builtin.text(), types: String::new }
     }
 
-    fn announcement(&self) -> Announcement<'static> {
-        Announcement { kind: self.kind, name: self.name, signature: self.signature }
+    fn announcement<'a>(&self, types: &'a str) -> Announcement<'a> {
+        Announcement { kind: self.kind, name: self.name, signature: self.signature, types }
     }
 }
 
@@ -623,7 +626,7 @@ impl To<'_> {
 
     fn call_here(&self, callee: Callee, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
         let agent = &self.agent.0;
-        let registered = match resolve(&agent.registry, &callee.announcement()) {
+        let registered = match resolve(&agent.registry, &callee.announcement(""), SameTypes::Certain) {
             Ok(registered) => registered,
             Err(failure) => {
                 slot.complete(Err(call_error(slot, failure)));

@@ -12,7 +12,7 @@ use farcall_schema::{NoMatch, ParseError, Schema, Value};
 
 use crate::function::Handler;
 use crate::nearest::{nearest, nearest_few};
-use crate::registry::Registered;
+use crate::registry::{Registered, Types};
 use crate::{Call, Result};
 
 mod table;
@@ -172,6 +172,7 @@ impl Builtins {
         let registered = Registered {
             name: builtin.name(),
             signature: builtin.text(),
+            types: Types::default(),
             inline: false,
             handler: Handler::builtin(move |cx, values| run.run(cx, values)),
             cost: Arc::default(),

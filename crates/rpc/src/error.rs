@@ -84,6 +84,7 @@ pub(crate) enum Failure {
     Panicked { message: String },
     Reply { message: String },
     Cancelled,
+    Types { caller: String, callee: String },
 }
 
 /// How far a call had come when it failed.
@@ -143,6 +144,12 @@ pub enum CallError {
     /// Both sides have the function, with other types.
     #[error("{call}: the caller has {caller}, the callee {callee}; build both from the same source")]
     SignatureMismatch { call: CallId, caller: &'static str, callee: String },
+    /// Both sides have the function, with types of the same names that are made of something else.
+    #[error(
+        "{call}: its types are the same by name, and not by what is in them: the caller has {caller}, the callee {callee}; \
+         build both from the same source"
+    )]
+    TypesMismatch { call: CallId, caller: String, callee: String },
     /// The arguments could not be read as the function's types.
     #[error("{call}: arguments: {message}")]
     BadArguments { call: CallId, message: String },

@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use farcall_device::Encoded;
-use farcall_device::codec::{decode, encode};
+use farcall_device::codec::{decode, encode, shape};
 use farcall_schema::Value;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -26,6 +26,10 @@ pub trait Function: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     /// The types as written, compared between caller and callee at first use.
     const SIGNATURE: &'static str;
+    /// What the types are made of, compared after the signature: serde's names of fields and variants, and what is in them.
+    fn types() -> String {
+        format!("{} -> {}", shape::<Self::Args>(), shape::<Self::Output>())
+    }
     /// Runs where the frame was read; only for handlers of a microsecond or so that never block.
     const INLINE: bool;
     /// The code behind it.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use farcall_transport::JobCost;
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,7 @@ use crate::nearest::nearest;
 pub struct Registration {
     name: &'static str,
     signature: &'static str,
+    types: fn() -> String,
     inline: bool,
     handler: fn() -> Handler,
 }
@@ -23,7 +24,7 @@ pub struct Registration {
 impl Registration {
     /// The registration of `F`.
     pub const fn of<F: Function>() -> Self {
-        Self { name: F::NAME, signature: F::SIGNATURE, inline: F::INLINE, handler: F::handler }
+        Self { name: F::NAME, signature: F::SIGNATURE, types: F::types, inline: F::INLINE, handler: F::handler }
     }
 }
 
@@ -32,6 +33,7 @@ inventory::collect!(Registration);
 pub(crate) struct Registered {
     pub(crate) name: &'static str,
     pub(crate) signature: &'static str,
+    pub(crate) types: Types,
     pub(crate) inline: bool,
     pub(crate) handler: Handler,
     pub(crate) cost: Arc<JobCost>,
@@ -42,6 +44,24 @@ pub(crate) struct Registered {
 pub(crate) enum FunctionKind {
     User,
     Builtin,
+}
+
+/// What a function's types are made of: told at its first caller, known from then on.
+#[derive(Default)]
+pub(crate) struct Types {
+    text: OnceLock<String>,
+    of: Option<fn() -> String>,
+}
+
+impl Types {
+    fn of(of: fn() -> String) -> Self {
+        Self { text: OnceLock::new(), of: Some(of) }
+    }
+
+    /// Empty for those whose signature says it all.
+    pub(crate) fn text(&self) -> &str {
+        self.text.get_or_init(|| self.of.map(|of| of()).unwrap_or_default())
+    }
 }
 
 /// The functions an agent serves.
@@ -97,13 +117,14 @@ impl Registry {
     }
 
     fn add(mut self, registration: &Registration) -> Self {
-        let &Registration { name, signature, inline, handler } = registration;
+        let &Registration { name, signature, types, inline, handler } = registration;
         match self.functions.entry(name) {
             Entry::Occupied(_) => self.duplicate = Some(name),
             Entry::Vacant(entry) => {
                 entry.insert(Arc::new(Registered {
                     name,
                     signature,
+                    types: Types::of(types),
                     inline,
                     handler: handler(),
                     cost: Arc::default(),
