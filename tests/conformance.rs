@@ -2,6 +2,7 @@
 
 mod builtins;
 mod cancel;
+mod derived;
 mod devices;
 mod dtypes;
 mod errors;

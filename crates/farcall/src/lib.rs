@@ -11,7 +11,7 @@ pub use farcall_device::{
     self as device, DType, Device, DeviceError, DeviceFuture, Layout, Promise, Runtime, Storage, Stream, Tensor,
     TensorMut,
 };
-pub use farcall_macros::function;
+pub use farcall_macros::{Value, function};
 pub use farcall_rpc::{
     Agent, Builtin, BuiltinError, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry,
     RemoteError, Reply, Result, Stage, To, settings,
@@ -40,4 +40,5 @@ pub mod settings_page {}
 #[doc(hidden)]
 pub mod __private {
     pub use farcall_rpc::{Call, Function, Handler, Outcome, Registration, inventory};
+    pub use farcall_schema::fields;
 }

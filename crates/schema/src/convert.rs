@@ -44,6 +44,12 @@ enum Why {
     Type(String),
     /// The right type, and this text of it.
     Value(String),
+    /// A name that is none of the type's.
+    Unknown {
+        what: &'static str,
+        name: String,
+        known: String,
+    },
 }
 
 impl std::error::Error for ValueError {}
@@ -55,6 +61,9 @@ impl fmt::Display for ValueError {
         match &self.why {
             Why::Missing => write!(f, "{path} is missing; its type is {wanted}"),
             Why::Type(found) => write!(f, "{path} is of type {found}, not {wanted}"),
+            Why::Unknown { what, name, known } => {
+                write!(f, "{path} has `{name}`, which is not {what} of {wanted}; there are {known}")
+            }
             Why::Value(found) => write!(f, "{path} is {found}, which is no {wanted}"),
         }
     }
@@ -81,6 +90,19 @@ impl ValueError {
     #[must_use]
     pub fn wrong_value<T>(found: impl fmt::Display) -> Self {
         Self { path: String::new(), wanted: std::any::type_name::<T>(), why: Why::Value(found.to_string()) }
+    }
+
+    /// `name` is not `what` of `T`, such as "a field"; `known` are.
+    #[must_use]
+    pub fn unknown<T>(what: &'static str, name: &str, known: &[&str]) -> Self {
+        let why = Why::Unknown { what, name: name.to_owned(), known: known.join(", ") };
+        Self { path: String::new(), wanted: std::any::type_name::<T>(), why }
+    }
+
+    /// The same error, of a `T` that was wanted.
+    #[must_use]
+    pub fn of<T>(self) -> Self {
+        Self { wanted: std::any::type_name::<T>(), ..self }
     }
 
     /// The error is in the field of that name.

@@ -12,6 +12,7 @@
 
 mod bind;
 mod convert;
+pub mod fields;
 mod literal;
 mod parse;
 mod schema;
