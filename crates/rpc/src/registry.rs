@@ -138,6 +138,11 @@ impl Registry {
         self.duplicate.map_or(Ok(()), |name| Err(JoinError::DuplicateFunction { name }))
     }
 
+    /// The builtins' names that are most like `name`, nearest first; none that is far from it.
+    pub fn nearest_builtins(&self, name: &str) -> Vec<&'static str> {
+        self.builtins.nearest(name)
+    }
+
     pub(crate) fn known_builtins(&self) -> &Builtins {
         &self.builtins
     }
