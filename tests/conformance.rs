@@ -1,6 +1,8 @@
 //! What every call must do, between agents of one process: values, layouts, sizes, handlers, order, errors.
 
+mod builtins;
 mod cancel;
+mod derived;
 mod devices;
 mod dtypes;
 mod errors;

@@ -8,7 +8,7 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use farcall::prelude::*;
-use farcall::{Result, TensorMut};
+use farcall::{Builtin, Error, FromValue, Registry, Result, TensorMut};
 use serde::{Deserialize, Serialize};
 
 /// How long a handler waits for a test at most.
@@ -104,6 +104,25 @@ impl Gate {
     pub(crate) fn open(&self) {
         self.change(|state| state.open = true);
     }
+}
+
+/// Every function, and builtins of the tests' own.
+pub(crate) fn registry() -> Registry {
+    type Line = (&'static str, fn(&Call, &[Value]) -> Result<Value>);
+    let builtins: [Line; 7] = [
+        ("test::echo(Any x) -> Any", |_, values| Ok(values[0].clone())),
+        ("test::all(Tensor x, int[2] n=1, *, float k=2, str? note=None) -> Any", |_, values| {
+            Ok(values.to_vec().into())
+        }),
+        ("test::half.int(int x) -> int", |_, values| Ok((i64::from_value(values[0].clone())? / 2).into())),
+        ("test::half.float(float x) -> float", |_, values| Ok((f64::from_value(values[0].clone())? / 2.0).into())),
+        ("test::fail(str why) -> ()", |_, values| Err(Error::msg(String::from_value(values[0].clone())?))),
+        ("test::panic() -> ()", |_, _| panic!("as told")),
+        ("test::hold(str key) -> bool", |_, values| Ok(gate(&String::from_value(values[0].clone())?).pass().into())),
+    ];
+    builtins.into_iter().fold(Registry::collected(), |registry, (signature, run)| {
+        registry.with_builtin(Builtin::new(signature, run).expect("a signature"))
+    })
 }
 
 /// Counts an arrival and blocks until the gate is open.

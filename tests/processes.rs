@@ -1,5 +1,6 @@
 //! Real worker processes: killed, stopped, leaving without a word, leaving together.
 
+mod builtins;
 mod death;
 mod descriptors;
 mod joining;

@@ -36,6 +36,7 @@ fn millis(variable: &str) -> Result<Option<Duration>, Failure> {
 fn work(mode: &str) -> Result<(), Failure> {
     farcall::log::init()?;
     let mut options = Options::from_env()?;
+    options.registry = Some(functions::registry());
     options.join_timeout = millis("TEST_JOIN_MS")?.unwrap_or(options.join_timeout);
     options.shutdown_timeout = millis("TEST_SHUTDOWN_MS")?.unwrap_or(options.shutdown_timeout);
     let agent = Agent::join_blocking(options)?;

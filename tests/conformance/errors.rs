@@ -16,7 +16,7 @@ use crate::harness::{Group, block_on, bounded, unique};
 
 /// A function as another build of the program has it; its handler is never used here.
 macro_rules! other_build {
-    ($name:ident = $wire:literal, $signature:literal, $args:ty => $output:ty) => {
+    ($name:ident = $wire:literal, $signature:literal, $args:ty => $output:ty $(, made of $types:literal)?) => {
         #[derive(Clone, Copy)]
         struct $name;
 
@@ -26,6 +26,9 @@ macro_rules! other_build {
             const NAME: &'static str = $wire;
             const SIGNATURE: &'static str = $signature;
             const INLINE: bool = false;
+            $(fn types() -> String {
+                $types.to_owned()
+            })?
             fn handler() -> Handler {
                 unreachable!("only called, never served")
             }
@@ -36,8 +39,17 @@ macro_rules! other_build {
 other_build!(Misspelled = "test::addd", "(i64, i64) -> i64", (i64, i64) => i64);
 other_build!(Unheard = "elsewhere::completely_different_thing", "() -> ()", () => ());
 other_build!(OtherTypes = "test::add", "(f64, f64) -> f64", (f64, f64) => f64);
-other_build!(OtherArguments = "test::add", "(i64, i64) -> i64", (String, Tensor) => i64);
-other_build!(OtherResult = "test::add", "(i64, i64) -> i64", (i64, i64) => Tensor);
+other_build!(OtherArguments = "test::add", "(i64, i64) -> i64", (String, Tensor) => i64, made of "(i64, i64) -> i64");
+other_build!(OtherResult = "test::add", "(i64, i64) -> i64", (i64, i64) => Tensor, made of "(i64, i64) -> i64");
+other_build!(OtherFields = "test::echo_message", "(Message) -> Message", (other::Message,) => other::Message);
+
+mod other {
+    //! A type of the same name as the callee has it, with another field.
+    #[derive(Debug, serde::Serialize, serde::Deserialize)]
+    pub(super) struct Message {
+        pub(super) id: u32,
+    }
+}
 
 fn call_id(function: &'static str) -> CallId {
     CallId { worker: "w1".into(), function }
@@ -65,6 +77,21 @@ fn a_handlers_error_comes_back_with_its_type() {
         assert_eq!(error.message, "invalid digit found in string");
         assert_eq!(error.type_name, "core::num::error::ParseIntError");
         assert!(error.chain.is_empty());
+    });
+}
+
+/// A field more, or of another type, and the bytes would mean something else: the first call says so, with both sides.
+#[test]
+fn types_of_one_name_that_are_made_of_something_else_are_told_apart() {
+    bounded(|| {
+        let error = fails(|w1| w1.call(OtherFields, (&other::Message { id: 1 },)).wait().expect_err("other fields"));
+        let CallError::TypesMismatch { call, caller, callee } = &error else { panic!("{error}") };
+        assert_eq!(*call, call_id("test::echo_message"));
+        assert_eq!(caller, "(Message{id: u32}) -> Message{id: u32}");
+        let message = "Message{id: u64, parts: [Part{Unit | Newtype(Tensor) | Tuple(u8, Tensor?) | Struct{name: str, inner: \
+                       Message}}], named: {str: Tensor}, pair: (Tensor?, Tensor?), text: str?}";
+        assert_eq!(*callee, format!("({message}) -> {message}"));
+        assert!(error.to_string().ends_with("build both from the same source"), "{error}");
     });
 }
 

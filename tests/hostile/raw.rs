@@ -175,9 +175,25 @@ pub(crate) fn hello(group: &str, role: &[u8]) -> Frame {
     Frame { metadata: hello_metadata(group, "raw", 99, role), ..Frame::new(HELLO) }
 }
 
+/// A function whose types are made of what its signature says, in serde's words.
 pub(crate) fn announcement(function: u32, name: &str, signature: &str) -> Frame {
-    Frame { function, metadata: [text(name), text(signature)].concat(), ..Frame::new(FUNCTION) }
+    let types = signature.replace("String", "str").replace("usize", "u64");
+    let metadata = [vec![USER], text(name), text(signature), text(&types)].concat();
+    Frame { function, metadata, ..Frame::new(FUNCTION) }
 }
+
+/// An operator of this full name, by its signature's text.
+pub(crate) fn builtin_announcement(function: u32, name: &str, signature: &str) -> Frame {
+    Frame {
+        function,
+        metadata: [vec![BUILTIN], text(name), text(signature), text("")].concat(),
+        ..Frame::new(FUNCTION)
+    }
+}
+
+/// Kinds of functions, the first byte of an announcement's metadata.
+const USER: u8 = 0;
+const BUILTIN: u8 = 1;
 
 /// `test::echo`, function 0, of the tensor that `descriptor` and `payload` make; its metadata is the tensor's index.
 pub(crate) fn echo_request(call: u64, descriptor: &Descriptor, payload: &[u8]) -> Frame {

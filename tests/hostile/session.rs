@@ -5,7 +5,7 @@ use crate::harness::{bounded, unique};
 
 use super::raw::{
     CANCEL, Cursor, Descriptor, ERROR, F32, Frame, REPLY, REQUEST, Target, add_request, announcement, assert_says,
-    echo_request, text,
+    builtin_announcement, echo_request, text,
 };
 
 /// W1, end to end: the bytes a worker sends are those that the tables promise.
@@ -81,9 +81,14 @@ fn an_announcement_that_does_not_decode_is_refused() {
     bounded(|| {
         let target = Target::new();
         let good = announcement(2, "test::add", "(i64, i64) -> i64");
-        for metadata in
-            [Vec::new(), text("only a name"), vec![0xff; 20], vec![1, 0xff, 0], good.metadata[..12].to_vec()]
-        {
+        for metadata in [
+            Vec::new(),
+            text("only a name"),
+            vec![0xff; 20],
+            vec![0, 1, 0xff, 0],
+            vec![2; 20],
+            good.metadata[..12].to_vec(),
+        ] {
             let frame = Frame { metadata, ..good.clone() };
             target.refuses(&frame.bytes(), "malformed function announcement");
         }
@@ -106,7 +111,69 @@ fn calls_of_unknown_functions_and_signatures_are_errors_of_the_call() {
         let error = peer.expect(ERROR);
         let mut metadata = Cursor(&error.metadata);
         assert_eq!((error.call, metadata.varint(), metadata.text().as_str()), (2, 1, "(i64, i64) -> i64"));
-        peer.adds(3);
+        let signature = "(i64, i64) -> i64";
+        let types = [vec![0], text("test::add"), text(signature), text("(i64, i32) -> i64")].concat();
+        peer.send(&Frame { metadata: types, ..announcement(4, "", "") }.bytes());
+        peer.send(&Frame { function: 4, ..add_request(3) }.bytes());
+        let error = peer.expect(ERROR);
+        let mut metadata = Cursor(&error.metadata);
+        assert_eq!((error.call, metadata.varint()), (3, 7), "other types");
+        assert_eq!((metadata.text().as_str(), metadata.text().as_str()), ("(i64, i32) -> i64", signature));
+        peer.adds(4);
+        target.shutdown();
+    });
+}
+
+/// REGISTERED: the callee reads a builtin's arguments by its own signature, whatever the caller has matched.
+#[test]
+fn arguments_that_no_caller_would_match_are_errors_of_the_call() {
+    const CLONE: &str = "aten::clone(Tensor self, *, MemoryFormat? memory_format=None) -> Tensor";
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        peer.send(&builtin_announcement(2, "aten::clone", CLONE).bytes());
+        // Values by the index of their kind: none is 0, an int 2, a list 7; zigzag makes 3 a 6.
+        let deep = [vec![2], [7, 1].repeat(4000), vec![0, 0]].concat();
+        for (call, values, why) in [
+            (1, vec![0], "`Tensor self` is missing"),
+            (2, vec![2, 0, 0], "`Tensor self` cannot be None"),
+            (3, vec![2, 2, 6, 0], "`Tensor self` cannot be int"),
+            (4, vec![3, 0, 0, 0], "3 arguments were given by position, and it takes 2"),
+            (5, vec![1, 11], "expected variant index 0 <= i < 11"),
+            (6, vec![1, 6, 0], "tensor 0 is named, but 0 came along"),
+            (7, vec![0xff, 0xff, 0xff, 0xff, 0x0f], "ends early"),
+            (8, deep, "deeper than 128 levels"),
+        ] {
+            peer.send(&Frame { call, function: 2, metadata: values, ..Frame::new(REQUEST) }.bytes());
+            let error = peer.expect(ERROR);
+            let mut metadata = Cursor(&error.metadata);
+            assert_eq!((error.call, metadata.varint()), (call, 2), "bad arguments");
+            let text = metadata.text();
+            assert!(text.contains(why), "{call}: {text}");
+        }
+        peer.adds(9);
+        target.shutdown();
+    });
+}
+
+#[test]
+fn builtins_and_functions_have_names_apart_and_signatures_of_both_are_compared() {
+    bounded(|| {
+        let target = Target::new();
+        let mut peer = target.peer();
+        let (unknown, other) = (0, 1);
+        let clone = "aten::clone(Tensor self) -> Tensor";
+        for (id, announcement, failure) in [
+            (2, announcement(2, "aten::clone", clone), unknown),
+            (3, builtin_announcement(3, "test::add", "(i64, i64) -> i64"), unknown),
+            (4, builtin_announcement(4, "aten::clone", clone), other),
+        ] {
+            peer.send(&announcement.bytes());
+            peer.send(&Frame { function: id, ..add_request(u64::from(id)) }.bytes());
+            let error = peer.expect(ERROR);
+            assert_eq!((error.call, Cursor(&error.metadata).varint()), (u64::from(id), failure));
+        }
+        peer.adds(9);
         target.shutdown();
     });
 }

@@ -7,6 +7,7 @@ mod config;
 mod demo;
 mod launch;
 mod run;
+mod schema;
 mod sim;
 mod weights;
 
@@ -69,6 +70,11 @@ enum Command {
         #[arg(long, requires = "seed")]
         trace: bool,
     },
+    /// Functions that can be called by name, such as `aten::add`: which there are, and what they take.
+    Schema {
+        #[command(subcommand)]
+        command: schema::SchemaCommand,
+    },
     /// One worker of the demo.
     #[command(hide = true)]
     DemoWorker {
@@ -101,6 +107,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Config { command } => config::run(&command),
+        Command::Schema { command } => schema::run(&command),
         Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
         Command::Run { n, program } => run::run(n, &program),
         Command::Sim { seed: Some(seed), trace, .. } => Ok(sim::replay(seed, trace)),

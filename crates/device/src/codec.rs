@@ -23,9 +23,13 @@ use crate::Tensor;
 
 mod decoder;
 mod encoder;
+mod shape;
 
 use decoder::Decoder;
 use encoder::Encoder;
+use shape::Tracer;
+
+pub use shape::shape;
 
 /// How deep options, sequences, maps, structs and enums may nest.
 pub const MAX_DEPTH: usize = 128;
@@ -214,7 +218,9 @@ impl Serialize for Tensor {
 impl<'de> Deserialize<'de> for Tensor {
     /// Reads an index and takes that tensor from beside the bytes. Only this module's decoder can.
     fn deserialize<D: Deserializer<'de>>(mut deserializer: D) -> Result<Self, D::Error> {
-        match with_decoder(&mut deserializer, |decoder| decoder.take_tensor()) {
+        let tensor = with_decoder(&mut deserializer, |decoder| decoder.take_tensor())
+            .or_else(|| with_tracer(&mut deserializer, |tracer| tracer.tensor()));
+        match tensor {
             Some(tensor) => tensor.map_err(D::Error::custom),
             None => Err(D::Error::custom("a Tensor can be deserialized only by farcall's codec")),
         }
@@ -240,6 +246,16 @@ fn with_decoder<D, R>(deserializer: &mut D, f: impl for<'a> FnOnce(&mut Decoder<
     // SAFETY: as in `with_encoder`.
     let decoder = unsafe { &mut *std::ptr::from_mut(deserializer).cast::<&mut Decoder<'_>>() };
     Some(f(decoder))
+}
+
+/// Calls `f` with the tracer, if that is what `deserializer` is.
+fn with_tracer<D, R>(deserializer: &mut D, f: impl for<'a> FnOnce(&mut Tracer<'a>) -> R) -> Option<R> {
+    if typeid::of::<D>() != typeid::of::<&mut Tracer<'static>>() {
+        return None;
+    }
+    // SAFETY: as in `with_encoder`.
+    let tracer = unsafe { &mut *std::ptr::from_mut(deserializer).cast::<&mut Tracer<'_>>() };
+    Some(f(tracer))
 }
 
 #[cfg(test)]

@@ -11,10 +11,13 @@ pub use farcall_device::{
     self as device, DType, Device, DeviceError, DeviceFuture, Layout, Promise, Runtime, Storage, Stream, Tensor,
     TensorMut,
 };
-pub use farcall_macros::function;
+pub use farcall_macros::{Value, function};
 pub use farcall_rpc::{
-    Agent, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry, RemoteError, Reply,
-    Result, Stage, To, settings,
+    Agent, Builtin, BuiltinError, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry,
+    RemoteError, Reply, Result, Stage, To, settings,
+};
+pub use farcall_schema::{
+    self as schema, FromValue, Kwargs, NoMatch, Ref, Refused, Schema, Value, ValueError, args, kwargs,
 };
 pub use farcall_transport::{
     self as transport, CloseCause, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId, WorkerInfo,
@@ -22,7 +25,7 @@ pub use farcall_transport::{
 
 /// What a program that calls and serves functions needs.
 pub mod prelude {
-    pub use crate::{Agent, Call, CallError, DType, Device, Options, Stream, Tensor, function};
+    pub use crate::{Agent, Call, CallError, DType, Device, Options, Stream, Tensor, Value, args, function, kwargs};
 }
 
 #[doc = include_str!("../docs/architecture.md")]
@@ -37,4 +40,5 @@ pub mod settings_page {}
 #[doc(hidden)]
 pub mod __private {
     pub use farcall_rpc::{Call, Function, Handler, Outcome, Registration, inventory};
+    pub use farcall_schema::fields;
 }

@@ -16,6 +16,7 @@ mod memory;
 mod metadata;
 mod mutate;
 mod random;
+mod schema;
 mod target;
 
 pub use corpus::{Corpus, folder};

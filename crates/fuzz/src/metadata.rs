@@ -7,6 +7,7 @@ use std::fmt::Debug;
 
 use farcall_device::codec::{CodecError, decode, encode};
 use farcall_device::{DType, Device, Tensor};
+use farcall_schema::{Ref, Value};
 use farcall_transport::fuzzing::Golden;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,7 @@ pub(crate) fn metadata(input: &[u8]) -> bool {
         7 => with_tensors::<Model>(bytes, &tensors, 0),
         8 => with_tensors::<(Tensor, Vec<Tensor>, BTreeMap<u8, Option<Tensor>>)>(bytes, &tensors, 0),
         9 => with_tensors::<Vec<Layer>>(bytes, &tensors, tensors.len()),
+        11 => with_tensors::<Value>(bytes, &tensors, tensors.len()),
         _ => with_tensors::<(String, f64, Option<bool>)>(bytes, &tensors, tensors.len()),
     }
 }
@@ -183,6 +185,11 @@ pub(crate) fn golden() -> Vec<Golden> {
         pair: (9, all[5].clone()),
     };
     let maps = (all[0].clone(), all[1..3].to_vec(), BTreeMap::from([(1_u8, None), (2, Some(all[3].clone()))]));
+    let value = Value::Dict(vec![
+        (Value::from("list"), Value::List(vec![Value::None, Value::from(true), Value::from(-300), Value::from(0.5)])),
+        (Value::from(1), Value::Tuple(vec![Value::from(&all[0]), Value::from(vec![0_u8, 255]), Value::from(&all[0])])),
+        (Value::from(()), Value::from(Ref { owner: 300, id: u64::MAX })),
+    ]);
     // One tensor that is named twice, as our encoder never writes.
     let twice = vec![8 | 1 << 4, 0, 1, 0, 0];
     // Lists in lists, each of which claims as many elements as there are bytes behind it.
@@ -200,6 +207,7 @@ pub(crate) fn golden() -> Vec<Golden> {
         ("tensors-in-maps", input(8, &maps)),
         ("one-tensor-twice", twice),
         ("layers", input(9, &layers())),
+        ("value", input(11, &value)),
         ("plain", input(10, &("text".to_owned(), 0.5_f64, Some(true)))),
     ]
 }

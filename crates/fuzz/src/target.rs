@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use farcall_transport::fuzzing::{self, Check, Golden};
 
 use crate::memory::peak_bytes;
-use crate::metadata;
+use crate::{metadata, schema};
 
 /// One decoder.
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +27,7 @@ pub struct Target {
     pub framed: bool,
 }
 
-/// Every decoder of bytes that a peer writes.
+/// Every decoder of bytes that a peer writes, and the parser of texts that people do.
 pub const TARGETS: &[Target] = &[
     Target {
         name: "header",
@@ -81,6 +81,15 @@ pub const TARGETS: &[Target] = &[
         input_bytes_max: 4096,
         memory_bytes: 32 << 10,
         memory_bytes_per_byte: 256,
+        framed: false,
+    },
+    Target {
+        name: "schema",
+        check: schema::schema,
+        golden: schema::golden,
+        input_bytes_max: 1024,
+        memory_bytes: 32 << 10,
+        memory_bytes_per_byte: 512,
         framed: false,
     },
 ];

@@ -56,9 +56,14 @@ fn store() {
 }
 
 #[test]
+fn schema() {
+    stands_mutations("schema", 20_000);
+}
+
+#[test]
 fn every_target_is_tested_here() {
     let names: Vec<_> = TARGETS.iter().map(|target| target.name).collect();
-    assert_eq!(names, ["header", "descriptors", "frames", "greeting", "metadata", "store"]);
+    assert_eq!(names, ["header", "descriptors", "frames", "greeting", "metadata", "store", "schema"]);
 }
 
 /// F1: a decoder that panics or takes more than its bound is told of.

@@ -10,20 +10,23 @@ use std::time::{Duration, Instant};
 
 use farcall_device::Runtime;
 use farcall_device::codec::encode;
+use farcall_schema::{FromValue, Kwargs, Value};
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
     CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo, is_forked_child,
 };
+use serde::Serialize;
 use tokio::runtime::{EnterGuard, Handle};
 
+use crate::builtin::{Builtin, Unresolved};
 use crate::call::{Origin, Reply, Slot, lock};
 use crate::context::Call;
 use crate::error::Stage;
 use crate::function::{Args, Function};
 use crate::join::{Group, Options};
-use crate::link::{Announcement, Link, call_error, resolve, run};
+use crate::link::{Announcement, Link, SameTypes, call_error, resolve, run};
 use crate::lives::LookUps;
-use crate::registry::Registry;
+use crate::registry::{FunctionKind, Registry};
 use crate::scope::Scope;
 use crate::table::{CallTable, Window};
 use crate::{CallError, CallId, DeviceMap};
@@ -57,6 +60,50 @@ impl Hasher for AsItIs {
     }
 }
 
+/// The functions that this agent has called.
+#[derive(Default)]
+struct Interning {
+    by_type: HashMap<TypeId, Arc<Interned>, BuildHasherDefault<AsItIs>>,
+    builtins: HashMap<&'static str, Arc<Interned>>,
+}
+
+impl Interning {
+    /// What stands for `callee` from now on.
+    fn number(&self, callee: &Callee) -> Arc<Interned> {
+        let id = (self.by_type.len() + self.builtins.len()) as u32;
+        let types = (callee.types)();
+        let announcement = match postcard::to_stdvec(&callee.announcement(&types)) {
+            Ok(bytes) => bytes.into(),
+            Err(error) => unreachable!("strings always encode: {error}"),
+        };
+        Arc::new(Interned { id, announcement })
+    }
+}
+
+/// What is called.
+#[derive(Clone, Copy)]
+struct Callee {
+    kind: FunctionKind,
+    name: &'static str,
+    signature: &'static str,
+    /// Asked once, before its first call.
+    types: fn() -> String,
+}
+
+impl Callee {
+    const fn of<F: Function>() -> Self {
+        Self { kind: FunctionKind::User, name: F::NAME, signature: F::SIGNATURE, types: F::types }
+    }
+
+    fn builtin(builtin: &Builtin) -> Self {
+        Self { kind: FunctionKind::Builtin, name: builtin.name(), signature: builtin.text(), types: String::new }
+    }
+
+    fn announcement<'a>(&self, types: &'a str) -> Announcement<'a> {
+        Announcement { kind: self.kind, name: self.name, signature: self.signature, types }
+    }
+}
+
 /// Where calls to one worker go.
 pub(crate) struct Route {
     id: WorkerId,
@@ -79,7 +126,7 @@ pub(crate) struct Inner {
     hand_on: Arc<JobCost>,
     routes: OnceLock<Vec<Route>>,
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
-    interned: RwLock<HashMap<TypeId, Arc<Interned>, BuildHasherDefault<AsItIs>>>,
+    interned: RwLock<Interning>,
     /// All that were made, in a simulation: there they are counted.
     simulated_links: Mutex<Vec<Weak<Link>>>,
     pub(crate) me: WorkerId,
@@ -259,17 +306,23 @@ impl Inner {
 
     fn intern<F: Function>(&self) -> Arc<Interned> {
         let key = TypeId::of::<F>();
-        if let Some(known) = self.interned.read().unwrap_or_else(|poisoned| poisoned.into_inner()).get(&key) {
+        if let Some(known) = self.interned.read().unwrap_or_else(|poisoned| poisoned.into_inner()).by_type.get(&key) {
             return Arc::clone(known);
         }
         let mut interned = self.interned.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let id = interned.len() as u32;
-        let announcement = Announcement { name: F::NAME, signature: F::SIGNATURE };
-        let announcement = match postcard::to_stdvec(&announcement) {
-            Ok(bytes) => bytes.into(),
-            Err(error) => unreachable!("two strings always encode: {error}"),
-        };
-        Arc::clone(interned.entry(key).or_insert_with(|| Arc::new(Interned { id, announcement })))
+        let new = interned.number(&Callee::of::<F>());
+        Arc::clone(interned.by_type.entry(key).or_insert(new))
+    }
+
+    fn intern_builtin(&self, callee: &Callee) -> Arc<Interned> {
+        let known = self.interned.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(known) = known.builtins.get(callee.name) {
+            return Arc::clone(known);
+        }
+        drop(known);
+        let mut interned = self.interned.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let new = interned.number(callee);
+        Arc::clone(interned.builtins.entry(callee.name).or_insert(new))
     }
 
     /// The open or opening endpoint to `rank`; dialed on first use and after a loss.
@@ -444,14 +497,86 @@ impl To<'_> {
     /// One `send` on an open connection. Tensors above 64 KiB travel on a second connection, opened at the first.
     pub fn call<F: Function, A: Args<F::Args>>(&self, function: F, args: A) -> Reply<F::Output> {
         let _ = function;
-        let reply = self.start::<F, A>(args);
-        if let Some(scope) = self.within.and_then(|call| call.scope.as_ref()) {
-            scope.adopt(reply.slot());
-        }
-        reply
+        let (slot, endpoint) = self.start(Callee::of::<F>(), &args, Inner::intern::<F>);
+        Reply::new(slot, endpoint)
     }
 
-    fn start<F: Function, A: Args<F::Args>>(&self, args: A) -> Reply<F::Output> {
+    /// Calls a builtin on the worker by its name, such as `aten::add`, or with an overload, such as `aten::add.Tensor`.
+    ///
+    /// Which overload takes the arguments is decided here, on the caller, as torch decides it: the first that takes them as
+    /// they are, else the first that takes them converted.
+    /// ```no_run
+    /// # use farcall_rpc::{Agent, CallError};
+    /// # use farcall_device::Tensor;
+    /// use farcall_schema::{args, kwargs};
+    ///
+    /// # async fn example(agent: &Agent, x: &Tensor, y: &Tensor) -> Result<(), CallError> {
+    /// let sum = agent.to("w1").builtin("aten::add", args![x, y], kwargs! {"alpha": 2.0}).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// None here. The reply's [`CallError::UnknownBuiltin`] names the nearest names, [`CallError::NoMatch`] every overload and
+    /// why it was refused; else as [`To::call`].
+    /// # Cost
+    /// That of [`To::call`], and the matching: each overload is tried, and arguments are cloned once.
+    pub fn builtin(&self, name: &str, args: Vec<Value>, kwargs: Kwargs) -> Reply<Value> {
+        self.builtin_as(name, args, kwargs)
+    }
+
+    /// As [`To::builtin`], with the value as a `T`; one that is no `T` is [`CallError::BadReply`], which names both types.
+    pub fn builtin_as<T: FromValue>(&self, name: &str, args: Vec<Value>, kwargs: Kwargs) -> Reply<T> {
+        let (slot, endpoint) = match self.agent.0.registry.known_builtins().resolve(name, &args, &kwargs) {
+            Ok((builtin, values)) => {
+                let callee = Callee::builtin(builtin);
+                self.start(callee, &values, |agent| agent.intern_builtin(&callee))
+            }
+            Err(unresolved) => (self.unresolved(name, unresolved), None),
+        };
+        Reply::of_value(slot, endpoint)
+    }
+
+    /// A call of a builtin that failed before it was one.
+    fn unresolved(&self, name: &str, unresolved: Unresolved) -> Arc<Slot> {
+        let worker: Arc<str> = match self.target {
+            Target::Name(name) => name.into(),
+            Target::Rank(rank) => format!("rank {rank}").into(),
+        };
+        let (function, error): (_, Box<dyn FnOnce(CallId) -> CallError>) = match unresolved {
+            Unresolved::Unknown(nearest) => {
+                let (worker, name) = (Arc::clone(&worker), name.to_owned());
+                ("a builtin", Box::new(|_| CallError::UnknownBuiltin { worker, name, nearest }))
+            }
+            Unresolved::NoMatch { base, error } => (base, Box::new(|call| CallError::NoMatch { call, source: error })),
+        };
+        let id = CallId { worker, function };
+        let slot = Slot::new(id.clone(), "", self.deadline, self.agent.0.driver.now());
+        slot.complete(Err(error(id)));
+        slot
+    }
+
+    /// Starts a call; its outcome, a failure to send included, arrives in the slot.
+    fn start<A: Serialize>(
+        &self,
+        callee: Callee,
+        args: &A,
+        intern: impl FnOnce(&Inner) -> Arc<Interned>,
+    ) -> (Arc<Slot>, Option<Arc<Endpoint>>) {
+        let (slot, endpoint) = self.begin(callee, args, intern);
+        if let Some(scope) = self.within.and_then(|call| call.scope.as_ref()) {
+            scope.adopt(&slot);
+        }
+        (slot, endpoint)
+    }
+
+    fn begin<A: Serialize>(
+        &self,
+        callee: Callee,
+        args: &A,
+        intern: impl FnOnce(&Inner) -> Arc<Interned>,
+    ) -> (Arc<Slot>, Option<Arc<Endpoint>>) {
+        let Callee { name, signature, .. } = callee;
         let deadline = self.within.and_then(Call::remaining).map_or(self.deadline, |left| left.min(self.deadline));
         let agent = &self.agent.0;
         let now = agent.driver.now();
@@ -461,40 +586,40 @@ impl To<'_> {
                 Target::Rank(rank) => format!("of rank {rank}"),
             };
             let known = self.agent.workers().map(|info| Arc::clone(&info.id.name)).collect();
-            let id = CallId { worker: target.as_str().into(), function: F::NAME };
-            let slot = Slot::new(id, F::SIGNATURE, deadline, now);
+            let id = CallId { worker: target.as_str().into(), function: name };
+            let slot = Slot::new(id, signature, deadline, now);
             slot.complete(Err(CallError::NoSuchWorker { target, known }));
-            return Reply::new(slot, None);
+            return (slot, None);
         };
         let worker = Arc::clone(&agent.routes()[rank as usize].id.name);
-        let slot = Slot::new(CallId { worker, function: F::NAME }, F::SIGNATURE, deadline, now);
+        let slot = Slot::new(CallId { worker, function: name }, signature, deadline, now);
         if is_forked_child() {
             slot.complete(Err(CallError::ForkedProcess { call: slot.id.clone() }));
-            return Reply::new(slot, None);
+            return (slot, None);
         }
         if agent.closed.load(Ordering::SeqCst) {
             slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
-            return Reply::new(slot, None);
+            return (slot, None);
         }
-        let encoded = match encode(&args) {
+        let encoded = match encode(args) {
             Ok(encoded) => encoded,
             Err(source) => {
                 slot.complete(Err(CallError::Encode { call: slot.id.clone(), source }));
-                return Reply::new(slot, None);
+                return (slot, None);
             }
         };
         if rank == agent.me.rank {
-            self.call_here::<F>(&slot, encoded);
-            return Reply::new(slot, None);
+            self.call_here(callee, &slot, encoded);
+            return (slot, None);
         }
         match agent.route(rank) {
             Ok((endpoint, link)) => {
-                link.request(&endpoint, &slot, &agent.intern::<F>(), encoded);
-                Reply::new(slot, Some(endpoint))
+                link.request(&endpoint, &slot, &intern(agent), encoded);
+                (slot, Some(endpoint))
             }
             Err(TransferError::Closed { .. }) => {
                 slot.complete(Err(CallError::ShutDown { call: slot.id.clone() }));
-                Reply::new(slot, None)
+                (slot, None)
             }
             Err(error) => {
                 let call = slot.id.clone();
@@ -505,7 +630,7 @@ impl To<'_> {
                     }
                     source => CallError::Send { call, source },
                 }));
-                Reply::new(slot, None)
+                (slot, None)
             }
         }
     }
@@ -518,10 +643,9 @@ impl To<'_> {
         current.as_ref().and_then(|(endpoint, _)| endpoint.route().cloned())
     }
 
-    fn call_here<F: Function>(&self, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
+    fn call_here(&self, callee: Callee, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
         let agent = &self.agent.0;
-        let named = Announcement { name: F::NAME, signature: F::SIGNATURE };
-        let registered = match resolve(&agent.registry, &named) {
+        let registered = match resolve(&agent.registry, &callee.announcement(""), SameTypes::Certain) {
             Ok(registered) => registered,
             Err(failure) => {
                 slot.complete(Err(call_error(slot, failure)));

@@ -5,7 +5,6 @@
 
 use std::fmt;
 use std::future::Future;
-use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -14,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use farcall_device::codec::decode;
 use farcall_device::{DeviceFuture, Encoded, Fences, Ready, Storages, Stream};
+use farcall_schema::{FromValue, Value, ValueError};
 use farcall_transport::{Endpoint, is_forked_child};
 use serde::de::DeserializeOwned;
 
@@ -208,8 +208,11 @@ pub struct Reply<T> {
     slot: Arc<Slot>,
     endpoint: Option<Arc<Endpoint>>,
     detached: bool,
-    value: PhantomData<fn() -> T>,
+    read: Reader<T>,
 }
+
+/// Makes a reply's bytes and tensors a value; an error's text says why not.
+type Reader<T> = fn(&Encoded) -> Result<T, String>;
 
 impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
@@ -225,13 +228,25 @@ impl<T> fmt::Debug for Reply<T> {
     }
 }
 
-impl<T: DeserializeOwned> Reply<T> {
-    pub(crate) fn new(slot: Arc<Slot>, endpoint: Option<Arc<Endpoint>>) -> Self {
-        Self { slot, endpoint, detached: false, value: PhantomData }
+impl<T> Reply<T> {
+    pub(crate) fn new(slot: Arc<Slot>, endpoint: Option<Arc<Endpoint>>) -> Self
+    where
+        T: DeserializeOwned,
+    {
+        let read = |encoded: &Encoded| decode(&encoded.metadata, &encoded.tensors).map_err(|error| error.to_string());
+        Self { slot, endpoint, detached: false, read }
     }
 
-    pub(crate) fn slot(&self) -> &Arc<Slot> {
-        &self.slot
+    /// A reply whose value travels as a [`Value`].
+    pub(crate) fn of_value(slot: Arc<Slot>, endpoint: Option<Arc<Endpoint>>) -> Self
+    where
+        T: FromValue,
+    {
+        let read = |encoded: &Encoded| {
+            let value: Value = decode(&encoded.metadata, &encoded.tensors).map_err(|error| error.to_string())?;
+            value.to().map_err(|error: ValueError| error.to_string())
+        };
+        Self { slot, endpoint, detached: false, read }
     }
 
     /// Lets the call go on without a waiter: its value and its failure are nobody's. One that was made by
@@ -312,8 +327,7 @@ impl<T: DeserializeOwned> Reply<T> {
     }
 
     fn read(&self, encoded: &Encoded) -> Result<T, CallError> {
-        decode(&encoded.metadata, &encoded.tensors)
-            .map_err(|error| CallError::BadReply { call: self.slot.id.clone(), message: error.to_string() })
+        (self.read)(encoded).map_err(|message| CallError::BadReply { call: self.slot.id.clone(), message })
     }
 }
 
@@ -329,7 +343,7 @@ enum ReadyState {
     Storages(Encoded, Fences),
 }
 
-impl<T: DeserializeOwned> IntoFuture for Reply<T> {
+impl<T> IntoFuture for Reply<T> {
     type Output = Result<T, CallError>;
     type IntoFuture = ReplyFuture<T>;
     fn into_future(self) -> ReplyFuture<T> {
@@ -339,7 +353,7 @@ impl<T: DeserializeOwned> IntoFuture for Reply<T> {
 
 impl<T> Unpin for ReplyFuture<T> {}
 
-impl<T: DeserializeOwned> Future for ReplyFuture<T> {
+impl<T> Future for ReplyFuture<T> {
     type Output = Result<T, CallError>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

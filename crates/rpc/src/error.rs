@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farcall_device::{CodecError, Device, DeviceError};
+use farcall_schema::NoMatch;
 use farcall_transport::{CloseCause, StoreError, TransferError};
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +84,7 @@ pub(crate) enum Failure {
     Panicked { message: String },
     Reply { message: String },
     Cancelled,
+    Types { caller: String, callee: String },
 }
 
 /// How far a call had come when it failed.
@@ -133,9 +135,21 @@ pub enum CallError {
     /// The callee has no function of that name.
     #[error("{call}: no such function there{}", .nearest.as_ref().map(|name| format!("; did you mean {name}?")).unwrap_or_default())]
     UnknownFunction { call: CallId, nearest: Option<String> },
+    /// No builtin of that name is known to the caller, which matches the arguments.
+    #[error("no builtin {name} to call on {worker}{}", did_you_mean(.nearest))]
+    UnknownBuiltin { worker: Arc<str>, name: String, nearest: Vec<&'static str> },
+    /// No overload of the builtin takes the arguments.
+    #[error("{call}: {source}")]
+    NoMatch { call: CallId, source: NoMatch },
     /// Both sides have the function, with other types.
     #[error("{call}: the caller has {caller}, the callee {callee}; build both from the same source")]
     SignatureMismatch { call: CallId, caller: &'static str, callee: String },
+    /// Both sides have the function, with types of the same names that are made of something else.
+    #[error(
+        "{call}: its types are the same by name, and not by what is in them: the caller has {caller}, the callee {callee}; \
+         build both from the same source"
+    )]
+    TypesMismatch { call: CallId, caller: String, callee: String },
     /// The arguments could not be read as the function's types.
     #[error("{call}: arguments: {message}")]
     BadArguments { call: CallId, message: String },
@@ -180,6 +194,13 @@ pub enum CallError {
     /// A value on a device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+fn did_you_mean(nearest: &[&str]) -> String {
+    if nearest.is_empty() {
+        return "; `farcall schema list` has all".to_owned();
+    }
+    format!("; did you mean {}?", nearest.join(" or "))
 }
 
 /// Why an agent did not start, or did not shut down as a group.

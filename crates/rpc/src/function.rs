@@ -7,10 +7,12 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use farcall_device::Encoded;
-use farcall_device::codec::{decode, encode};
+use farcall_device::codec::{decode, encode, shape};
+use farcall_schema::Value;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::builtin::RunError;
 use crate::error::Failure;
 use crate::{Call, Error};
 
@@ -24,6 +26,10 @@ pub trait Function: Copy + Send + Sync + 'static {
     const NAME: &'static str;
     /// The types as written, compared between caller and callee at first use.
     const SIGNATURE: &'static str;
+    /// What the types are made of, compared after the signature: serde's names of fields and variants, and what is in them.
+    fn types() -> String {
+        format!("{} -> {}", shape::<Self::Args>(), shape::<Self::Output>())
+    }
     /// Runs where the frame was read; only for handlers of a microsecond or so that never block.
     const INLINE: bool;
     /// The code behind it.
@@ -97,6 +103,21 @@ impl Handler {
                 // The arguments own what they need of the frame.
                 drop(encoded);
                 answer(function(cx, args))
+            })))
+        })))
+    }
+
+    /// The handler of a builtin: values in, a value out.
+    pub(crate) fn builtin(run: impl Fn(&Call, Vec<Value>) -> Result<Value, RunError> + Send + Sync + 'static) -> Self {
+        Self(HandlerKind::Sync(Box::new(move |cx, encoded| {
+            caught(catch_unwind(AssertUnwindSafe(|| {
+                let values = read_args(&encoded)?;
+                drop(encoded);
+                match run(cx, values) {
+                    Ok(value) => answer(Ok(value)),
+                    Err(RunError::Failed(error)) => answer::<Value>(Err(error)),
+                    Err(RunError::Arguments(message)) => Err(Failure::BadArguments { message }),
+                }
             })))
         })))
     }

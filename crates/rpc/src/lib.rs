@@ -1,6 +1,7 @@
 //! Calls between workers: functions, agents, calls and their errors. Knows no socket and no driver of a device.
 //!
 //! - [`Agent`]: a worker's runtime. [`Agent::to`] chooses a worker, [`To::call`] calls a function on it.
+//! - [`To::builtin`], [`Builtin`]: functions that are called by name, such as `aten::add`, with values that know their types.
 //! - [`Function`], [`Handler`], [`Registry`]: what `#[farcall::function]` makes, and where it is found.
 //! - [`Reply`]: a call's value to come. [`CallError`]: why there is none.
 //! - [`settings`]: what may be set by a file, by variables and by launchers.
@@ -13,6 +14,7 @@
 //! has a deadline), C1 and C2 (a call has one outcome, and has one in time).
 
 mod agent;
+mod builtin;
 mod call;
 mod context;
 mod device_map;
@@ -29,6 +31,7 @@ pub mod sim;
 mod table;
 
 pub use agent::{Agent, Target, To};
+pub use builtin::{Builtin, BuiltinError};
 pub use call::{Reply, ReplyFuture};
 pub use context::Call;
 pub use device_map::DeviceMap;

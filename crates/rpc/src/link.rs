@@ -22,7 +22,7 @@ use crate::context::Call;
 use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
 use crate::function::{AnswerFuture, HandlerKind};
-use crate::registry::{Registered, Registry};
+use crate::registry::{FunctionKind, Registered, Registry};
 use crate::scope::Scope;
 use crate::sim::Census;
 use crate::table::{Abandoned, Admission, CallTable, Overdue, Window};
@@ -36,8 +36,11 @@ const CALLS_MAX: usize = 1 << 16;
 /// Metadata of a Function frame.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Announcement<'a> {
+    pub(crate) kind: FunctionKind,
     pub(crate) name: &'a str,
     pub(crate) signature: &'a str,
+    /// What the signature's types are made of; empty for builtins.
+    pub(crate) types: &'a str,
 }
 
 /// What a peer's interned id stands for here: a function, or what its callers are told.
@@ -348,7 +351,7 @@ impl Link {
             return Err(malformed(format!("function id {index} of at most {FUNCTIONS_MAX}")));
         }
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
-        let target = resolve(&agent.registry, &announced);
+        let target = resolve(&agent.registry, &announced, SameTypes::Compare);
         let mut functions = lock(&self.functions);
         if functions.len() <= index {
             functions.resize(index + 1, None);
@@ -452,13 +455,33 @@ impl Link {
     }
 }
 
-/// The function of that name, if it is registered here with that signature.
-pub(crate) fn resolve(registry: &Registry, announced: &Announcement<'_>) -> Result<Arc<Registered>, Failure> {
-    let Some(registered) = registry.find(announced.name) else {
-        return Err(Failure::UnknownFunction { nearest: registry.nearest(announced.name).map(str::to_owned) });
+/// Whether what types are made of must be compared.
+#[derive(Clone, Copy)]
+pub(crate) enum SameTypes {
+    /// The caller is another program, perhaps of another build.
+    Compare,
+    /// It is this one.
+    Certain,
+}
+
+/// The function of that name, if it is registered here with that signature, of types that are made of the same.
+pub(crate) fn resolve(
+    registry: &Registry,
+    announced: &Announcement<'_>,
+    same_types: SameTypes,
+) -> Result<Arc<Registered>, Failure> {
+    let &Announcement { kind, name, .. } = announced;
+    let Some(registered) = registry.find(kind, name) else {
+        return Err(Failure::UnknownFunction { nearest: registry.nearest(kind, name).map(str::to_owned) });
     };
     if registered.signature != announced.signature {
         return Err(Failure::Signature { callee: registered.signature.to_owned() });
+    }
+    if let SameTypes::Compare = same_types {
+        let types = registered.types.text();
+        if types != announced.types {
+            return Err(Failure::Types { caller: announced.types.to_owned(), callee: types.to_owned() });
+        }
     }
     Ok(Arc::clone(registered))
 }
@@ -623,6 +646,7 @@ pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
     match failure {
         Failure::UnknownFunction { nearest } => CallError::UnknownFunction { call, nearest },
         Failure::Signature { callee } => CallError::SignatureMismatch { call, caller: slot.signature, callee },
+        Failure::Types { caller, callee } => CallError::TypesMismatch { call, caller, callee },
         Failure::BadArguments { message } => CallError::BadArguments { call, message },
         Failure::Handler(error) => CallError::Remote { call, error },
         Failure::Panicked { message } => CallError::Panicked { call, message },

@@ -16,6 +16,22 @@ pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) 
     (last(best) == last(name) || distance(best, name) <= DISTANCE_MAX).then_some(best)
 }
 
+/// So many names may be suggested.
+const NEAREST_MAX: usize = 5;
+
+/// The few of `known` most like `name`, nearest first, none that [`nearest`] would not give alone.
+pub(crate) fn nearest_few<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut left: Vec<_> = known.into_iter().collect();
+    let mut found = Vec::new();
+    while found.len() < NEAREST_MAX
+        && let Some(next) = nearest(name, left.iter().copied())
+    {
+        found.push(next);
+        left.retain(|other| *other != next);
+    }
+    found
+}
+
 /// Levenshtein's distance, on bytes; names are short.
 fn distance(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();

@@ -1,0 +1,3 @@
+#![no_main]
+
+farcall_libfuzzer::fuzz!("schema");
