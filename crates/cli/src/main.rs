@@ -3,6 +3,7 @@
 //! Exit codes: 0 ok, 1 failed, 2 usage, 3 requirement not met.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a person")]
 
+mod bench;
 mod config;
 mod demo;
 mod launch;
@@ -46,6 +47,8 @@ enum Command {
         #[arg(last = true, required = true, value_name = "PROGRAM")]
         program: Vec<String>,
     },
+    /// Measure calls: latency, bandwidth, rate, and whether the data is right.
+    Bench(bench::BenchArgs),
     /// Settings: which there are, their values, and where these come from.
     Config {
         #[command(subcommand)]
@@ -68,6 +71,12 @@ enum Command {
         /// Print every event of that seed.
         #[arg(long, requires = "seed")]
         trace: bool,
+    },
+    /// One worker of a bench.
+    #[command(hide = true)]
+    BenchWorker {
+        #[arg(long)]
+        plan: Option<String>,
     },
     /// One worker of the demo.
     #[command(hide = true)]
@@ -100,6 +109,8 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchWorker { plan } => bench::work(plan.as_deref()).map(|()| ExitCode::SUCCESS),
         Command::Config { command } => config::run(&command),
         Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
         Command::Run { n, program } => run::run(n, &program),
