@@ -17,6 +17,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
+use farcall::Channel;
 use plan::{Memory, Op, Plan, Size};
 use report::{Event, Machine, Report, SCHEMA};
 
@@ -73,9 +74,9 @@ pub(crate) struct BenchArgs {
     /// Which sockets to use: `auto`, `tcp` or `unix`
     #[arg(long, value_name = "NAME")]
     transport: Option<String>,
-    /// End with code 3 unless the bytes take this path
+    /// End with code 3 unless the bytes take this path: `cuda_ipc`, `shm`, `ucx`, `unix` or `tcp`
     #[arg(long, value_name = "PATH")]
-    require: Option<String>,
+    require: Option<Channel>,
     /// Whether waiting calls spin
     #[arg(long, value_enum, default_value_t = Spin::Auto)]
     spin: Spin,
@@ -166,7 +167,7 @@ impl BenchArgs {
             memory: self.memory,
             device: self.device.clone(),
             check: !self.no_check,
-            require: self.require.clone(),
+            require: self.require.map(|channel| channel.name().to_owned()),
             plant: self.plant_wrong_byte,
         })
     }

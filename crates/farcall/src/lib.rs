@@ -17,7 +17,8 @@ pub use farcall_rpc::{
     Result, Stage, To, settings,
 };
 pub use farcall_transport::{
-    self as transport, CloseCause, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId, WorkerInfo,
+    self as transport, Channel, CloseCause, Decision, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId,
+    WorkerInfo,
 };
 
 /// What a program that calls and serves functions needs.

@@ -5,6 +5,7 @@
 //! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
+//! - [`negotiate()`]: which [`Channel`] takes the bytes to a peer, and why the others do not.
 //! - [`InterfaceChoice`]: which of the host's addresses a worker listens on.
 //! - [`JobKey`]: what the workers of a job share, proven by both sides of each connection before anything else (PEERS).
 //!
@@ -27,6 +28,7 @@ mod interface;
 mod key;
 mod life;
 mod local;
+mod negotiate;
 #[doc(hidden)]
 pub mod planted;
 mod receive;
@@ -52,6 +54,7 @@ pub use interface::{InterfaceAddress, InterfaceChoice, InterfaceError, addresses
 pub use key::{JobKey, KeyError};
 pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
+pub use negotiate::{Carriage, Channel, Decision, End, Obstacle, Verdict, negotiate};
 pub use receive::{Frame, Unanswered};
 #[doc(hidden)]
 pub use repeats::Repeats;

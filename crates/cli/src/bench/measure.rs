@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use farcall::prelude::*;
 use farcall::settings::Settings;
-use farcall::{Reply, Route, Runtime, TensorMut};
+use farcall::{Channel, Reply, Runtime, TensorMut};
 use hdrhistogram::Histogram;
 
 use super::functions::{self, Pattern, on_host};
@@ -110,7 +110,7 @@ impl Bench<'_> {
         // Connects, so that the path is known.
         self.agent.to(1).call(functions::call, (0,)).wait()?;
         if let Some(required) = &self.plan.require {
-            let path = self.path();
+            let path = self.path(self.plan.sizes.last().copied().unwrap_or(0));
             if *required != path {
                 return say(&Event::Unmet { required: required.clone(), path });
             }
@@ -126,14 +126,9 @@ impl Bench<'_> {
         say(&Event::Complete)
     }
 
-    /// The library's name of the way to the first of the others.
-    fn path(&self) -> String {
-        match self.agent.to(1).dialed() {
-            Some(Route::Tcp(_)) => "tcp",
-            Some(Route::Unix(_)) => "unix",
-            _ => "unknown",
-        }
-        .to_owned()
+    /// The library's name of the way that a tensor of that size takes to the first of the others.
+    fn path(&self, size_bytes: u64) -> String {
+        self.agent.to(1).channel(size_bytes).map_or("none", Channel::name).to_owned()
     }
 
     /// The next worker to be called: each of the others in its turn.
@@ -163,7 +158,7 @@ impl Bench<'_> {
             wrong += self.check_fully(op, &source)?;
         }
         let wrong = self.plan.check.then_some(wrong);
-        Ok(times.row(op, size_bytes, 1, self.path(), times.busy, wrong))
+        Ok(times.row(op, size_bytes, 1, self.path(size_bytes), times.busy, wrong))
     }
 
     /// Runs `call` as often as asked for, or by default at least that often and that long.
@@ -287,7 +282,7 @@ impl Bench<'_> {
             wrong += u64::from(reply.wait()? != at.wrapping_add(1));
         }
         let wrong = self.plan.check.then_some(wrong);
-        Ok(times.row(Op::Rate, 8, self.plan.outstanding, self.path(), elapsed, wrong))
+        Ok(times.row(Op::Rate, 8, self.plan.outstanding, self.path(8), elapsed, wrong))
     }
 }
 
