@@ -3,31 +3,31 @@
 //! The launcher starts the workers, shows what the first of them says it measured, and ends all of them, whatever happens: they
 //! end with their standard input. Nothing is measured in the launcher itself.
 
+mod baseline;
+mod csv;
 mod functions;
+mod futex;
+mod limits;
 mod measure;
+mod output;
 mod plan;
 mod report;
+mod session;
 mod table;
 
-use std::io::{BufRead, BufReader, IsTerminal, Write};
-use std::process::{ExitCode, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::ValueEnum;
 use farcall::Channel;
+use output::Output;
 use plan::{Memory, Op, Plan, Size};
-use report::{Event, Machine, Report, SCHEMA};
+use report::{Machine, Report, SCHEMA};
+use session::{Ended, Session};
 
 use crate::Failure;
-use crate::launch::{Interrupted, Workers, this_program, told_to_end};
-
-/// How often signals are looked at.
-const TICK: Duration = Duration::from_millis(20);
-/// How long a worker may take to end in order.
-const GRACE: Duration = Duration::from_secs(5);
+use crate::launch::told_to_end;
 
 const USAGE: u8 = 2;
 const UNMET: u8 = 3;
@@ -80,6 +80,27 @@ pub(crate) struct BenchArgs {
     /// Whether waiting calls spin
     #[arg(long, value_enum, default_value_t = Spin::Auto)]
     spin: Spin,
+    /// Measure what the machine can do without farcall, too: copies, a futex, raw sockets; and give each row's ratio to it
+    #[arg(long)]
+    limits: bool,
+    /// Do all that with so many fresh groups of processes, and give the medians
+    #[arg(long, value_name = "R", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
+    /// Keep worker 0, 1 and so on to these processors
+    #[arg(long, value_name = "CPU,CPU", value_delimiter = ',')]
+    cpus: Vec<usize>,
+    /// What is written to standard output
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+    /// Write the results to a file, too, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Compare with results of before, and end with code 1 if a row is worse by more than the tolerance
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+    /// How much worse, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 15.0)]
+    tolerance: f64,
     /// Do not check the data
     #[arg(long)]
     no_check: bool,
@@ -91,6 +112,17 @@ pub(crate) struct BenchArgs {
     plant_wrong_byte: bool,
 }
 
+/// How results are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Lines as nccl-tests writes them
+    Table,
+    /// One object, `farcall-bench/1`
+    Json,
+    /// A line for each row, the names of the columns first
+    Csv,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Spin {
     /// As the library sees fit
@@ -100,8 +132,8 @@ enum Spin {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
-    let plan = match args.plan() {
-        Ok(plan) => plan,
+    let (plan, baseline) = match args.plan().and_then(|plan| Ok((plan, args.baseline()?))) {
+        Ok(given) => given,
         Err(message) => {
             eprintln!("farcall bench: {message}");
             return Ok(ExitCode::from(USAGE));
@@ -109,20 +141,36 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     };
     let told_to_end = told_to_end()?;
     let mut report = args.report(&plan);
-    print!("{}", table::header(&report, &plan));
-    let ended = Session::start(args, &plan)?.follow(&told_to_end, &mut report, args.progress())?;
-    print!("{}", table::footer(&report));
+    let output = Output::new(args, &plan);
+    output.begin(&report)?;
+    let mut runs = Vec::new();
+    let mut ended = Ended::Complete;
+    for run in 1..=args.repeat {
+        let mut session = Session::start(args, &plan)?;
+        let (rows, end) = session.follow(&told_to_end, &mut report, |report, event| output.show(run, report, event))?;
+        runs.push(rows);
+        ended = end;
+        if !matches!(ended, Ended::Complete) {
+            break;
+        }
+    }
+    report.complete = matches!(ended, Ended::Complete);
+    report.runs = runs.len() as u32;
+    report.rows = report::merge(&runs);
+    output.end(&report)?;
+    let regressed = match &baseline {
+        Some(baseline) => output.compare(baseline, &report, args.tolerance)?,
+        None => false,
+    };
     Ok(match ended {
-        Ended::Complete if report.rows.iter().any(|row| row.wrong.is_some_and(|wrong| wrong > 0)) => ExitCode::FAILURE,
+        Ended::Complete if regressed || report.wrong() > 0 => ExitCode::FAILURE,
         Ended::Complete => ExitCode::SUCCESS,
         Ended::Interrupted(interrupted) => {
             eprintln!("farcall bench: interrupted, the results are partial");
             ExitCode::from(interrupted.exit_code())
         }
         Ended::Unmet { required, path } => {
-            eprintln!(
-                "farcall bench: --require {required}: the path is {path}; `farcall explain host host 1MiB` says why"
-            );
+            eprintln!("farcall bench: --require {required}: the path is {path}; `farcall explain` says why");
             ExitCode::from(UNMET)
         }
         Ended::Failed(message) => {
@@ -133,7 +181,13 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
 }
 
 /// A worker that `run` started: the one that measures if there is a plan.
-pub(crate) fn work(plan: Option<&str>) -> Result<(), Failure> {
+pub(crate) fn work(plan: Option<&str>, cpu: Option<usize>) -> Result<(), Failure> {
+    if let Some(cpu) = cpu {
+        // Threads that are started later stay there, too.
+        let mut set = rustix::thread::CpuSet::new();
+        set.set(cpu);
+        rustix::thread::sched_setaffinity(None, &set)?;
+    }
     plan.map_or_else(measure::serve, measure::measure)
 }
 
@@ -141,6 +195,13 @@ impl BenchArgs {
     fn plan(&self) -> Result<Plan, String> {
         if self.local < 2 {
             return Err(format!("--local {}: at least 2 workers are needed", self.local));
+        }
+        if !self.tolerance.is_finite() || self.tolerance < 0.0 {
+            return Err(format!("--tolerance {}: percent from 0 on are expected", self.tolerance));
+        }
+        let processors = std::thread::available_parallelism().map_or(1, Into::into);
+        if let Some(cpu) = self.cpus.iter().find(|cpu| **cpu >= processors) {
+            return Err(format!("--cpus {cpu}: there are the processors 0 to {}", processors - 1));
         }
         if self.spin == Spin::On {
             return Err("--spin on: this version's calls never spin, they sleep until an answer comes".to_owned());
@@ -167,9 +228,15 @@ impl BenchArgs {
             memory: self.memory,
             device: self.device.clone(),
             check: !self.no_check,
+            limits: self.limits,
+            same_host: true,
             require: self.require.map(|channel| channel.name().to_owned()),
             plant: self.plant_wrong_byte,
         })
+    }
+
+    fn baseline(&self) -> Result<Option<Report>, String> {
+        self.baseline.as_deref().map(baseline::read).transpose()
     }
 
     fn report(&self, plan: &Plan) -> Report {
@@ -184,136 +251,10 @@ impl BenchArgs {
             memory: plan.memory,
             device: plan.device.clone(),
             workers: self.local,
+            runs: 0,
             rows: Vec::new(),
+            limits: Vec::new(),
+            limits_skipped: Vec::new(),
         }
-    }
-
-    fn progress(&self) -> Progress {
-        match (self.quiet, std::io::stderr().is_terminal()) {
-            (true, _) => Progress::Silent,
-            (false, true) => Progress::Line,
-            (false, false) => Progress::Silent,
-        }
-    }
-}
-
-/// How the progress is shown, on standard error.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Progress {
-    Silent,
-    /// On a terminal: one line that is written over.
-    Line,
-}
-
-impl Progress {
-    fn show(self, text: &str) {
-        if self == Self::Line {
-            eprint!("\r\x1b[K{text}");
-            let _ = std::io::stderr().flush();
-        }
-    }
-}
-
-/// How a session ended.
-enum Ended {
-    Complete,
-    Interrupted(Interrupted),
-    Unmet { required: String, path: String },
-    Failed(String),
-}
-
-/// Workers, and what the measuring one says.
-struct Session {
-    workers: Workers,
-    events: Receiver<Result<Event, String>>,
-}
-
-impl Session {
-    fn start(args: &BenchArgs, plan: &Plan) -> Result<Self, Failure> {
-        let (program, plan) = (this_program()?, serde_json::to_string(plan)?);
-        let mut workers = Workers::start(args.local, |rank| {
-            let mut command = std::process::Command::new(program.get_program());
-            command.arg("bench-worker").stdin(Stdio::piped());
-            if rank == 0 {
-                command.arg("--plan").arg(&plan).stdout(Stdio::piped());
-            }
-            command.envs(args.devices.iter().map(|devices| ("FARCALL_DEVICES", devices)));
-            command.envs(args.streams.iter().map(|streams| ("FARCALL_CPU_STREAMS", streams)));
-            command.envs(args.transport.iter().map(|transport| ("FARCALL_TRANSPORT", transport)));
-            command
-        })?;
-        let output = workers.take_output().ok_or("the measuring worker has no output")?;
-        let (sender, events) = channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                let event = serde_json::from_str(&line).map_err(|error| format!("{error}: {line}"));
-                if sender.send(event).is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(Self { workers, events })
-    }
-
-    /// Takes what is measured into the report, and shows it.
-    fn follow(
-        mut self,
-        told_to_end: &Arc<AtomicUsize>,
-        report: &mut Report,
-        progress: Progress,
-    ) -> Result<Ended, Failure> {
-        let mut interrupted: Option<(usize, Instant)> = None;
-        let mut ended = None;
-        loop {
-            match self.events.recv_timeout(TICK) {
-                Ok(Ok(Event::Begins { cell, cells, op, size_bytes })) => {
-                    progress.show(&format!("[{}/{cells}] {op} {}", cell + 1, Size(size_bytes)));
-                }
-                Ok(Ok(Event::Row(row))) => {
-                    progress.show("");
-                    print!("{}", table::row(&row));
-                    let _ = std::io::stdout().flush();
-                    report.rows.push(row);
-                }
-                Ok(Ok(Event::Unmet { required, path })) => ended = Some(Ended::Unmet { required, path }),
-                Ok(Ok(Event::Failed { message })) => ended = Some(Ended::Failed(message)),
-                Ok(Ok(Event::Complete)) => ended = Some(Ended::Complete),
-                Ok(Err(message)) => {
-                    return Err(format!("the measuring worker said what it should not: {message}").into());
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-            match (told_to_end.load(Ordering::SeqCst), &interrupted) {
-                (0, _) => {}
-                (signal, None) => {
-                    self.workers.tell("stop");
-                    interrupted = Some((signal, Instant::now() + GRACE));
-                }
-                (_, Some((_, deadline))) if Instant::now() > *deadline => break,
-                _ => {}
-            }
-        }
-        progress.show("");
-        self.end(interrupted.is_some());
-        let ended = match (interrupted, ended) {
-            (Some((signal, _)), _) => Ended::Interrupted(Interrupted(signal)),
-            (None, Some(ended)) => ended,
-            (None, None) => Ended::Failed("the measuring worker ended before it was done".to_owned()),
-        };
-        report.complete = matches!(ended, Ended::Complete);
-        Ok(ended)
-    }
-
-    /// Waits for the workers, who leave by themselves, for [`GRACE`].
-    fn end(&mut self, at_once: bool) {
-        let deadline = Instant::now() + GRACE;
-        while !at_once && Instant::now() < deadline {
-            match self.workers.next_until(deadline) {
-                Some(_) => {}
-                None => break,
-            }
-        }
-        self.workers.end();
     }
 }

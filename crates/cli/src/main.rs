@@ -77,6 +77,8 @@ enum Command {
     BenchWorker {
         #[arg(long)]
         plan: Option<String>,
+        #[arg(long)]
+        cpu: Option<usize>,
     },
     /// One worker of the demo.
     #[command(hide = true)]
@@ -110,7 +112,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
         Command::Bench(args) => bench::run(&args),
-        Command::BenchWorker { plan } => bench::work(plan.as_deref()).map(|()| ExitCode::SUCCESS),
+        Command::BenchWorker { plan, cpu } => bench::work(plan.as_deref(), cpu).map(|()| ExitCode::SUCCESS),
         Command::Config { command } => config::run(&command),
         Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
         Command::Run { n, program } => run::run(n, &program),

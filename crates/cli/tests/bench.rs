@@ -58,6 +58,83 @@ fn a_wrong_byte_is_counted_and_the_bench_fails() {
     assert_eq!(unchecked.code(), 0, "{unchecked:?}");
 }
 
+/// Each row's limit is measured beside it, and each limit has its line; what cannot be measured would be said.
+#[test]
+fn limits_are_measured_and_given_as_ratios() {
+    for (transport, limit) in [("unix", "raw unix"), ("tcp", "raw tcp")] {
+        let ended = tiny(&["--limits", "--op", "call,read,echo", "--transport", transport, "--format", "csv"]);
+        assert_eq!(ended.code(), 0, "{ended:?}");
+        for line in ended.stdout.lines().skip(1) {
+            let fields: Vec<&str> = line.split(',').collect();
+            assert!(fields[14].contains(limit), "{line}");
+            let [p50, limit, ratio] = [6, 15, 16].map(|at| fields[at].parse::<f64>().expect("a number"));
+            assert!((p50 / limit - ratio).abs() < 1e-3 * ratio.max(1.0), "{line}");
+        }
+    }
+    let ended = tiny(&["--limits", "--op", "sink"]);
+    for name in ["futex", "memcpy", "memread", "raw unix", "raw tcp", "raw tcp 512K"] {
+        assert!(ended.stdout.contains(&format!("# {name} ")), "{name}: {}", ended.stdout);
+    }
+    assert!(!ended.stdout.contains("skipped"), "{}", ended.stdout);
+}
+
+#[test]
+fn json_and_csv_have_the_table_s_rows() {
+    let json = tiny(&["--format", "json", "--repeat", "2", "--cpus", "0"]);
+    let report: serde_json::Value = serde_json::from_str(&json.stdout).expect("JSON");
+    assert_eq!((report["schema"].as_str(), report["complete"].as_bool()), (Some("farcall-bench/1"), Some(true)));
+    let rows = report["rows"].as_array().expect("rows");
+    assert_eq!((rows.len(), report["runs"].as_u64()), (8, Some(2)));
+    for row in rows {
+        assert_eq!((row["calls"].as_u64(), row["wrong"].as_u64()), (Some(24), Some(0)), "{row}");
+        assert_eq!(row["runs_p50_us"].as_array().map(Vec::len), Some(2), "{row}");
+        assert!(row["p99_us"].is_null(), "12 calls have no 99th percentile: {row}");
+    }
+    // The progress is not among the results.
+    assert!(json.stderr.contains("run 2/2"), "{}", json.stderr);
+    assert_eq!(tiny(&["--format", "json", "--quiet", "--op", "call"]).stderr, "");
+    let csv = tiny(&["--format", "csv"]);
+    let lines: Vec<&str> = csv.stdout.lines().collect();
+    assert_eq!((lines.len(), lines[0].split(',').next()), (9, Some("op")));
+}
+
+/// The baselines are made from what was measured, so that no machine is too slow for the test.
+#[test]
+fn a_regression_against_a_baseline_is_code_1() {
+    let path = std::env::temp_dir().join(format!("farcall-baseline-{}.json", std::process::id()));
+    let file = path.to_str().expect("UTF-8");
+    let measured = tiny(&["--op", "call,sink", "--json", file]);
+    assert_eq!(measured.code(), 0, "{measured:?}");
+    let text = std::fs::read_to_string(&path).expect("written");
+    let scaled = |factor: f64| {
+        let mut report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        for row in report["rows"].as_array_mut().expect("rows") {
+            for (field, factor) in [("p50_us", factor), ("calls_per_s", 1.0 / factor), ("gb_per_s", 1.0 / factor)] {
+                if let Some(value) = row[field].as_f64() {
+                    row[field] = (value * factor).into();
+                }
+            }
+        }
+        std::fs::write(&path, report.to_string()).expect("written");
+    };
+    scaled(1e6);
+    let faster = tiny(&["--op", "call,sink", "--baseline", file]);
+    assert_eq!(faster.code(), 0, "{faster:?}");
+    assert!(faster.stdout.contains("# baseline: OK"), "{faster:?}");
+    let missing = tiny(&["--op", "call", "--baseline", file]);
+    assert_eq!(missing.code(), 1, "{missing:?}");
+    assert!(missing.stdout.contains("65536 is MISSING"), "{missing:?}");
+    scaled(1e-6);
+    let slower = tiny(&["--op", "call,sink", "--baseline", file]);
+    assert_eq!(slower.code(), 1, "{slower:?}");
+    assert!(slower.stdout.contains("WORSE") && slower.stdout.contains("# baseline: REGRESSED"), "{slower:?}");
+    std::fs::write(&path, "{}").expect("written");
+    let foreign = tiny(&["--op", "call", "--baseline", file]);
+    assert_eq!(foreign.code(), 2, "{foreign:?}");
+    assert!(foreign.stderr.contains("farcall-bench/1 is expected"), "{foreign:?}");
+    std::fs::remove_file(&path).expect("the file");
+}
+
 #[test]
 fn several_workers_answer_in_turns() {
     let ended = tiny(&["--local", "4", "--op", "echo,rate"]);
@@ -84,6 +161,10 @@ fn wrong_usage_is_code_2_and_says_what_is_expected() {
         (&["--device", "gpu"], "or host"),
         (&["--devices", "4"], "emulated"),
         (&["--outstanding", "0"], "1..=4096"),
+        (&["--tolerance=-1"], "percent from 0 on"),
+        (&["--cpus", "4096"], "there are the processors 0 to"),
+        (&["--baseline", "/nowhere/base.json"], "/nowhere/base.json: No such file"),
+        (&["--require", "rdma"], "cuda_ipc, shm, ucx, unix or tcp"),
         (&["--op", "cal"], "call"),
     ] {
         let ended = farcall(&[&["bench"], arguments].concat());

@@ -15,6 +15,7 @@ use farcall::{Channel, Reply, Runtime, TensorMut};
 use hdrhistogram::Histogram;
 
 use super::functions::{self, Pattern, on_host};
+use super::limits::Limits;
 use super::plan::{Memory, Op, Plan, device};
 use super::report::{Event, Row};
 use crate::Failure;
@@ -42,7 +43,8 @@ pub(crate) fn measure(plan: &str) -> Result<(), Failure> {
     let stop = Arc::new(AtomicBool::new(false));
     listen_to_launcher(Arc::clone(&stop))?;
     let agent = join()?;
-    let mut bench = Bench { agent: &agent, plan: &plan, stop: &stop, device: device(&plan.device)?, calls: 0 };
+    let device = device(&plan.device)?;
+    let mut bench = Bench { agent: &agent, plan: &plan, stop: &stop, device, calls: 0, limits: None };
     match bench.run() {
         Ok(()) => agent.shutdown_blocking()?,
         Err(error) => {
@@ -92,6 +94,7 @@ struct Bench<'a> {
     plan: &'a Plan,
     stop: &'a AtomicBool,
     device: Device,
+    limits: Option<Limits>,
     /// So far: chooses the worker to call, and the byte to look at.
     calls: u64,
 }
@@ -115,15 +118,33 @@ impl Bench<'_> {
                 return say(&Event::Unmet { required: required.clone(), path });
             }
         }
+        if self.plan.limits {
+            self.measure_limits()?;
+        }
         let cells: Vec<(Op, u64)> = self.plan.cells().collect();
         for (cell, (op, size_bytes)) in cells.iter().copied().enumerate() {
             say(&Event::Begins { cell, cells: cells.len(), op, size_bytes })?;
+            let limit = match (&mut self.limits, self.agent.to(1).channel(size_bytes)) {
+                (Some(limits), Some(channel)) => limits.of_row(op, size_bytes, channel)?,
+                _ => None,
+            };
             match self.cell(op, size_bytes)? {
-                Some(row) => say(&Event::Row(row))?,
+                Some(row) => say(&Event::Row(Box::new(Row { limit, ..row })))?,
                 None => return Ok(()),
             }
         }
         say(&Event::Complete)
+    }
+
+    fn measure_limits(&mut self) -> Result<(), Failure> {
+        let mut sizes: Vec<u64> = self.plan.cells().map(|(_, size_bytes)| size_bytes).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        let limits =
+            self.limits.insert(Limits::connect(self.agent, sizes.last().copied().unwrap_or(0), self.plan.same_host));
+        let skipped = limits.skipped.iter().map(|(name, why)| ((*name).to_owned(), why.clone())).collect();
+        let limits = limits.table(&sizes)?;
+        say(&Event::Limits { limits, skipped })
     }
 
     /// The library's name of the way that a tensor of that size takes to the first of the others.
@@ -341,6 +362,8 @@ impl Times {
             calls_per_s: calls as f64 / seconds,
             gb_per_s: (bytes > 0.0).then(|| bytes / seconds / 1e9),
             wrong,
+            limit: None,
+            runs_p50_us: vec![us(self.histogram.value_at_quantile(0.5))],
         })
     }
 }

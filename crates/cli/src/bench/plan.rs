@@ -115,6 +115,10 @@ pub(crate) struct Plan {
     /// Where the tensors are, see [`device`].
     pub(crate) device: String,
     pub(crate) check: bool,
+    /// Measure what the machine can do without farcall, too.
+    pub(crate) limits: bool,
+    /// The workers are on one host, as far as the launcher knows.
+    pub(crate) same_host: bool,
     /// The path that must be taken.
     pub(crate) require: Option<String>,
     /// A byte of every tensor is wrong: what checking the data must find.
