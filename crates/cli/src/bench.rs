@@ -12,6 +12,7 @@ mod measure;
 mod output;
 mod plan;
 mod report;
+mod serve;
 mod session;
 mod table;
 
@@ -34,7 +35,13 @@ const UNMET: u8 = 3;
 
 /// Measures calls between processes: latency by percentiles, bandwidth, and whether the data is right.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    command: Option<BenchCommand>,
+    /// Measure calls to another host, on which `farcall bench serve` runs, in place of processes of this one
+    #[arg(value_name = "HOST:PORT", conflicts_with = "local")]
+    target: Option<String>,
     /// How many workers on this machine: one measures, the others answer in turns
     #[arg(long, value_name = "N", default_value_t = 2)]
     local: u32,
@@ -112,6 +119,16 @@ pub(crate) struct BenchArgs {
     plant_wrong_byte: bool,
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum BenchCommand {
+    /// Wait for `farcall bench HOST:PORT` from other hosts, and print the command to run there
+    Serve {
+        /// Where: beyond loopback, a job key is made unless the environment has one
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
+        listen: std::net::SocketAddr,
+    },
+}
+
 /// How results are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
@@ -132,6 +149,9 @@ enum Spin {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
+    if let Some(BenchCommand::Serve { listen }) = args.command {
+        return serve::serve(listen);
+    }
     let (plan, baseline) = match args.plan().and_then(|plan| Ok((plan, args.baseline()?))) {
         Ok(given) => given,
         Err(message) => {
@@ -146,8 +166,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     let mut runs = Vec::new();
     let mut ended = Ended::Complete;
     for run in 1..=args.repeat {
-        let mut session = Session::start(args, &plan)?;
-        let (rows, end) = session.follow(&told_to_end, &mut report, |report, event| output.show(run, report, event))?;
+        let (rows, end) = match Session::start(args, &plan, &told_to_end)? {
+            Ok(mut session) => {
+                session.follow(&told_to_end, &mut report, |report, event| output.show(run, report, event))?
+            }
+            Err(interrupted) => (Vec::new(), Ended::Interrupted(interrupted)),
+        };
         runs.push(rows);
         ended = end;
         if !matches!(ended, Ended::Complete) {
@@ -250,6 +274,8 @@ impl BenchArgs {
             machine: Machine::this(),
             memory: plan.memory,
             device: plan.device.clone(),
+            target: self.target.clone(),
+            peer: None,
             workers: self.local,
             runs: 0,
             rows: Vec::new(),

@@ -76,6 +76,13 @@ impl Workers {
         Ok(workers)
     }
 
+    /// Starts the only worker here of a group whose store is elsewhere.
+    pub(crate) fn start_one(command: Command, place: &Place<'_>) -> Result<Self, Failure> {
+        let mut workers = Self { children: Vec::new(), told_to_end: told_to_end()?, _store: None };
+        workers.spawn(command, place)?;
+        Ok(workers)
+    }
+
     fn spawn(&mut self, mut command: Command, place: &Place<'_>) -> Result<(), Failure> {
         place.tell(&mut command);
         let program = command.get_program().to_string_lossy().into_owned();

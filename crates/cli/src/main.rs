@@ -48,7 +48,7 @@ enum Command {
         program: Vec<String>,
     },
     /// Measure calls: latency, bandwidth, rate, and whether the data is right.
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
     /// Settings: which there are, their values, and where these come from.
     Config {
         #[command(subcommand)]

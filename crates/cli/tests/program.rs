@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,8 +29,35 @@ impl Ended {
 /// A run, killed when dropped.
 pub(crate) struct Run {
     child: Child,
-    stdout: JoinHandle<String>,
-    stderr: JoinHandle<String>,
+    stdout: Captured,
+    stderr: Captured,
+}
+
+/// What a run has written so far, and who reads it to its end.
+struct Captured(Arc<Mutex<Vec<u8>>>, Option<JoinHandle<()>>);
+
+impl Captured {
+    fn of(pipe: Option<impl Read + Send + 'static>) -> Self {
+        let (mut pipe, text) = (pipe.expect("piped"), Arc::<Mutex<Vec<u8>>>::default());
+        let written = Arc::clone(&text);
+        let reader = std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            // What came before a broken pipe counts.
+            while let Ok(len @ 1..) = pipe.read(&mut chunk) {
+                written.lock().expect("no panic").extend_from_slice(&chunk[..len]);
+            }
+        });
+        Self(text, Some(reader))
+    }
+
+    fn finish(&mut self) -> String {
+        self.1.take().expect("finished once").join().expect("a reader");
+        self.text()
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().expect("no panic")).into_owned()
+    }
 }
 
 /// Starts `farcall` without what somebody's shell has for other jobs.
@@ -43,7 +71,7 @@ pub(crate) fn start(arguments: &[&str], variables: &[(&str, &str)]) -> Run {
     command.args(arguments).envs(variables.iter().copied());
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("farcall starts");
-    let (stdout, stderr) = (captured(child.stdout.take()), captured(child.stderr.take()));
+    let (stdout, stderr) = (Captured::of(child.stdout.take()), Captured::of(child.stderr.take()));
     Run { child, stdout, stderr }
 }
 
@@ -52,20 +80,15 @@ pub(crate) fn farcall(arguments: &[&str]) -> Ended {
     start(arguments, &[]).end()
 }
 
-fn captured(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<String> {
-    let mut pipe = pipe.expect("piped");
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        // What came before a broken pipe counts.
-        let _ = pipe.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
-}
-
 impl Run {
     pub(crate) fn signal(&self, signal: Signal) {
         // Not reaped before `end`, so the id is its own.
         kill_process(Pid::from_child(&self.child), signal).expect("a child can be signalled");
+    }
+
+    /// What it has written so far.
+    pub(crate) fn stdout(&self) -> String {
+        self.stdout.text()
     }
 
     /// The processes that it has started and that live.
@@ -76,14 +99,25 @@ impl Run {
     }
 
     pub(crate) fn end(mut self) -> Ended {
+        let ended = self.await_end();
+        Ended { status: ended, stdout: self.stdout.finish(), stderr: self.stderr.finish() }
+    }
+
+    fn await_end(&mut self) -> ExitStatus {
         let mut status = None;
         eventually("farcall ends", RUN_MAX, || {
             status = self.child.try_wait().expect("a child");
             status.is_some()
         });
-        let status = status.expect("set when it ended");
-        let [stdout, stderr] = [self.stdout, self.stderr].map(|reader| reader.join().expect("a reader"));
-        Ended { status, stdout, stderr }
+        status.expect("set when it ended")
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // Ended already, or ends now.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -102,6 +102,8 @@ mod tests {
             memory: Memory::Slab,
             device: "host".to_owned(),
             workers: 2,
+            target: None,
+            peer: None,
             runs: 1,
             rows,
             limits: Vec::new(),

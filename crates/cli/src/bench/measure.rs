@@ -17,7 +17,7 @@ use hdrhistogram::Histogram;
 use super::functions::{self, Pattern, on_host};
 use super::limits::Limits;
 use super::plan::{Memory, Op, Plan, device};
-use super::report::{Event, Row};
+use super::report::{Event, Machine, Row};
 use crate::Failure;
 
 /// Without `-n`: until both are reached, or the last.
@@ -78,6 +78,12 @@ fn listen_to_launcher(stop: Arc<AtomicBool>) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What a worker runs on.
+#[farcall::function(name = "bench::machine")]
+fn machine() -> Machine {
+    Machine::this()
+}
+
 fn say(event: &Event) -> Result<(), Failure> {
     println!("{}", serde_json::to_string(event)?);
     Ok(())
@@ -110,8 +116,8 @@ struct Source {
 
 impl Bench<'_> {
     fn run(&mut self) -> Result<(), Failure> {
-        // Connects, so that the path is known.
-        self.agent.to(1).call(functions::call, (0,)).wait()?;
+        // Connects, too, so that the path is known.
+        say(&Event::Peer(self.agent.to(1).call(machine, ()).wait()?))?;
         if let Some(required) = &self.plan.require {
             let path = self.path(self.plan.sizes.last().copied().unwrap_or(0));
             if *required != path {

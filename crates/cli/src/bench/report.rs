@@ -25,6 +25,12 @@ pub(crate) struct Report {
     pub(crate) memory: Memory,
     pub(crate) device: String,
     pub(crate) workers: u32,
+    /// The other host, as it was named, if there is one.
+    #[serde(default)]
+    pub(crate) target: Option<String>,
+    /// What the first of the called workers runs on.
+    #[serde(default)]
+    pub(crate) peer: Option<Machine>,
     /// Fresh groups of processes that each figure is the median of.
     pub(crate) runs: u32,
     pub(crate) rows: Vec<Row>,
@@ -191,6 +197,8 @@ impl Machine {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Event {
+    /// What the first of the called workers runs on.
+    Peer(Machine),
     /// It begins with a cell, the one of this number of all.
     Begins { cell: usize, cells: usize, op: Op, size_bytes: u64 },
     /// It has measured a cell.

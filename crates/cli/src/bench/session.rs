@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::BenchArgs;
 use super::plan::Plan;
 use super::report::{Event, Report, Row};
+use super::serve::Turn;
 use crate::Failure;
 use crate::launch::{Interrupted, Workers, this_program};
 
@@ -32,16 +33,29 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Starts the workers on this machine.
-    pub(super) fn start(args: &BenchArgs, plan: &Plan) -> Result<Self, Failure> {
-        let (program, plan) = (this_program()?, serde_json::to_string(plan)?);
-        let mut workers = Workers::start(args.local, |rank| {
-            let mut command = worker(&program, args, rank);
-            if rank == 0 {
-                command.arg("--plan").arg(&plan).stdout(Stdio::piped());
+    /// Starts the workers on this machine, or the one here of two if there is a target; an interrupt may come before its turn.
+    pub(super) fn start(
+        args: &BenchArgs,
+        plan: &Plan,
+        told_to_end: &AtomicUsize,
+    ) -> Result<Result<Self, Interrupted>, Failure> {
+        let program = this_program()?;
+        let measuring = |same_host: bool| -> Result<Command, Failure> {
+            let mut command = worker(&program, args, 0);
+            let plan = serde_json::to_string(&Plan { same_host, ..plan.clone() })?;
+            command.arg("--plan").arg(plan).stdout(Stdio::piped());
+            Ok(command)
+        };
+        let mut workers = match &args.target {
+            Some(target) => match Turn::wait(target, told_to_end)? {
+                Ok(turn) => turn.start(measuring(turn.is_same_host())?)?,
+                Err(interrupted) => return Ok(Err(interrupted)),
+            },
+            None => {
+                let first = std::cell::Cell::new(Some(measuring(true)?));
+                Workers::start(args.local, |rank| first.take().unwrap_or_else(|| worker(&program, args, rank)))?
             }
-            command
-        })?;
+        };
         let output = workers.take_output().ok_or("the measuring worker has no output")?;
         let (sender, events) = channel();
         std::thread::spawn(move || {
@@ -52,7 +66,7 @@ impl Session {
                 }
             }
         });
-        Ok(Self { workers, events })
+        Ok(Ok(Self { workers, events }))
     }
 
     /// Gives what is measured to `show` as it comes: the rows, and how it ended.
@@ -71,6 +85,7 @@ impl Session {
                     show(report, &event)?;
                     match event {
                         Event::Begins { .. } => {}
+                        Event::Peer(machine) => report.peer = Some(machine),
                         Event::Row(row) => rows.push(*row),
                         Event::Limits { limits, skipped } => (report.limits, report.limits_skipped) = (limits, skipped),
                         Event::Unmet { required, path } => ended = Some(Ended::Unmet { required, path }),

@@ -3,20 +3,15 @@
 use std::fmt::Write;
 
 use super::plan::{Op, Plan};
-use super::report::{Report, Row};
+use super::report::{Machine, Report, Row};
 
 pub(crate) fn header(report: &Report, plan: &Plan) -> String {
-    let machine = &report.machine;
-    let mut text = format!("# farcall bench {}: {} workers\n", report.version, report.workers);
-    let _ = writeln!(
-        text,
-        "# {}: {} processors, {}, {:.0} GiB, {}",
-        machine.host,
-        machine.processors,
-        machine.processor,
-        machine.memory_bytes as f64 / f64::from(1 << 30),
-        machine.system
-    );
+    let mut text = format!("# farcall bench {}: ", report.version);
+    let _ = match &report.target {
+        Some(target) => writeln!(text, "calls to {target}"),
+        None => writeln!(text, "{} workers on this machine", report.workers),
+    };
+    let _ = writeln!(text, "# {}", machine(&report.machine));
     let checked = if plan.check { "checked" } else { "not checked" };
     let _ = writeln!(text, "# memory {}, device {}, data {checked}; GB are 10^9 bytes", report.memory, report.device);
     let _ = write!(
@@ -29,6 +24,12 @@ pub(crate) fn header(report: &Report, plan: &Plan) -> String {
     }
     text.push('\n');
     text
+}
+
+fn machine(machine: &Machine) -> String {
+    let gib = machine.memory_bytes as f64 / f64::from(1 << 30);
+    let Machine { host, processors, processor, system, .. } = machine;
+    format!("{host}: {processors} processors, {processor}, {gib:.0} GiB, {system}")
 }
 
 /// A line; of several runs, with the slowest run's median by the fastest's.
@@ -64,6 +65,9 @@ pub(crate) fn row(row: &Row, plan: &Plan, runs: u32) -> String {
 
 pub(crate) fn footer(report: &Report) -> String {
     let mut text = String::new();
+    if let (Some(target), Some(peer)) = (&report.target, &report.peer) {
+        let _ = writeln!(text, "# {target} is {}", machine(peer));
+    }
     if !report.limits.is_empty() {
         let _ = writeln!(text, "# limits, without farcall: medians");
         let _ = writeln!(text, "#{:<14} {:>11} {:>10} {:>8}", "what", "size(B)", "p50(us)", "GB/s");
