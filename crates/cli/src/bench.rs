@@ -7,10 +7,12 @@ mod baseline;
 mod csv;
 mod functions;
 mod futex;
+mod html;
 mod limits;
 mod measure;
 mod output;
 mod plan;
+mod plot;
 mod report;
 mod serve;
 mod session;
@@ -102,6 +104,12 @@ pub(crate) struct BenchArgs {
     /// Write the results to a file, too, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw latency and bandwidth by size into a file, as SVG
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// Write charts, figures, machine and versions to a file, as a page of HTML that loads nothing
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
     /// Compare with results of before, and end with code 1 if a row is worse by more than the tolerance
     #[arg(long, value_name = "FILE")]
     baseline: Option<PathBuf>,

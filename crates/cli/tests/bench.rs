@@ -98,6 +98,26 @@ fn json_and_csv_have_the_table_s_rows() {
     assert_eq!((lines.len(), lines[0].split(',').next()), (9, Some("op")));
 }
 
+#[test]
+fn a_chart_and_a_page_are_written() {
+    let path = |kind: &str| std::env::temp_dir().join(format!("farcall-bench-{}.{kind}", std::process::id()));
+    let (svg, html) = (path("svg"), path("html"));
+    let text = |path: &std::path::Path| path.to_str().expect("UTF-8").to_owned();
+    let ended = tiny(&["--op", "sink,echo", "--limits", "--plot", &text(&svg), "--report", &text(&html)]);
+    assert_eq!(ended.code(), 0, "{ended:?}");
+    for path in [svg, html] {
+        let text = std::fs::read_to_string(&path).expect("written");
+        let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
+        let document = roxmltree::Document::parse_with_options(&text, options).expect("well-formed");
+        let curves = document.descendants().filter(|node| node.tag_name().name() == "polyline").count();
+        assert_eq!(curves, 8, "latency and bandwidth of two operations and their limits: {text}");
+        std::fs::remove_file(&path).expect("the file");
+    }
+    let nowhere = tiny(&["--op", "sink", "--plot", "/nowhere/chart.svg"]);
+    assert_eq!(nowhere.code(), 1, "{nowhere:?}");
+    assert!(nowhere.stderr.contains("--plot /nowhere/chart.svg: No such file"), "{nowhere:?}");
+}
+
 /// The baselines are made from what was measured, so that no machine is too slow for the test.
 #[test]
 fn a_regression_against_a_baseline_is_code_1() {

@@ -87,29 +87,7 @@ fn compare_row(text: &mut String, base: &Row, row: &Row, tolerance_percent: f64)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::plan::Memory;
-    use crate::bench::report::Machine;
-    use crate::bench::report::tests::row;
-
-    fn report(rows: Vec<Row>) -> Report {
-        Report {
-            schema: SCHEMA.to_owned(),
-            version: "0".to_owned(),
-            command: "farcall bench".to_owned(),
-            started_at: 0,
-            complete: true,
-            machine: Machine::this(),
-            memory: Memory::Slab,
-            device: "host".to_owned(),
-            workers: 2,
-            target: None,
-            peer: None,
-            runs: 1,
-            rows,
-            limits: Vec::new(),
-            limits_skipped: Vec::new(),
-        }
-    }
+    use crate::bench::report::tests::{report, row};
 
     fn sized(size_bytes: u64, p50_us: f64, gb_per_s: f64) -> Row {
         Row { size_bytes, gb_per_s: Some(gb_per_s), ..row(p50_us) }

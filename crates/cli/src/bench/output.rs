@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 
 use super::plan::{Plan, Size};
 use super::report::{Event, Report, Row};
-use super::{BenchArgs, Format, baseline, csv, table};
+use super::{BenchArgs, Format, baseline, csv, html, plot, table};
 use crate::Failure;
 
 /// How the progress is shown.
@@ -82,9 +82,14 @@ impl<'a> Output<'a> {
             Format::Json => print(&(serde_json::to_string_pretty(report)? + "\n"))?,
             Format::Csv => {}
         }
-        if let Some(path) = &self.args.json {
-            let text = serde_json::to_string_pretty(report)? + "\n";
-            std::fs::write(path, text).map_err(|error| format!("--json {}: {error}", path.display()))?;
+        let files = [
+            ("--json", &self.args.json, serde_json::to_string_pretty(report)? + "\n"),
+            ("--plot", &self.args.plot, plot::document(report)),
+            ("--report", &self.args.report, html::page(report)),
+        ];
+        for (option, path, text) in files {
+            let Some(path) = path else { continue };
+            std::fs::write(path, text).map_err(|error| format!("{option} {}: {error}", path.display()))?;
         }
         Ok(())
     }

@@ -238,6 +238,26 @@ pub(crate) mod tests {
         }
     }
 
+    pub(crate) fn report(rows: Vec<Row>) -> Report {
+        Report {
+            schema: SCHEMA.to_owned(),
+            version: "0".to_owned(),
+            command: "farcall bench".to_owned(),
+            started_at: 0,
+            complete: true,
+            machine: Machine::this(),
+            memory: Memory::Slab,
+            device: "host".to_owned(),
+            workers: 2,
+            target: None,
+            peer: None,
+            runs: 1,
+            rows,
+            limits: Vec::new(),
+            limits_skipped: Vec::new(),
+        }
+    }
+
     #[test]
     fn several_runs_become_their_medians() {
         let mut runs = [4.0, 2.0, 8.0].map(row);
