@@ -165,7 +165,8 @@ impl Axis {
     }
 
     fn ticks(&self) -> impl Iterator<Item = f64> {
-        let step = ((self.last - self.first) / 8).max(1) as usize;
+        // Few enough that their labels do not touch.
+        let step = ((self.last - self.first + 6) / 7).max(1) as usize;
         (self.first..=self.last).step_by(step).map(|exponent| self.base.powi(exponent))
     }
 }
