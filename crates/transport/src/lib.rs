@@ -6,6 +6,7 @@
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
 //! - [`negotiate()`]: which [`Channel`] takes the bytes to a peer, and why the others do not.
+//! - [`probe`]: what this machine offers, tried for real.
 //! - [`InterfaceChoice`]: which of the host's addresses a worker listens on.
 //! - [`JobKey`]: what the workers of a job share, proven by both sides of each connection before anything else (PEERS).
 //!
@@ -31,6 +32,7 @@ mod local;
 mod negotiate;
 #[doc(hidden)]
 pub mod planted;
+pub mod probe;
 mod receive;
 mod repeats;
 pub mod sim;
