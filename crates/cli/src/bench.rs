@@ -25,7 +25,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::ValueEnum;
 use farcall::Channel;
 use output::Output;
-use plan::{Memory, Op, Plan, Size};
+use plan::{Memory, Op, Plan};
+pub(crate) use plan::{Size, device};
 use report::{Machine, Report, SCHEMA};
 use session::{Ended, Session};
 
