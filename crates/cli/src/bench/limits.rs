@@ -1,7 +1,7 @@
 //! What the machine can do without farcall, measured in the same run: copies, a futex between two processes, raw sockets.
 //!
 //! The other end runs in the called worker, on threads that sleep while they are not asked. A socket's message is a length and
-//! so many bytes, its answer 8 bytes; both ends use warm memory and block.
+//! so many bytes, its answer 8 bytes, or as many if the length has the bit [`ECHO`]; both ends use warm memory and block.
 //! Invariant R1: a raw listener takes one connection, which must know its token, within [`ACCEPT_MAX`], and no message that is
 //! longer than was agreed on over the authenticated connection of farcall.
 
@@ -29,6 +29,9 @@ const ROUNDS_MIN: usize = 5;
 const ROUNDS_MAX: usize = 20_000;
 /// Of [`Kind::TcpTuned`], each way.
 const TUNED_BYTES: usize = 512 << 10;
+
+/// Of a message's length: all of it is wanted back.
+const ECHO: u64 = 1 << 63;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -61,21 +64,18 @@ impl Kind {
         }
     }
 
-    /// What the bytes of a row cannot be faster than: kinds, each with how often it counts.
-    fn of_row(op: Op, path: Channel) -> Vec<(&'static [Self], u32)> {
-        const TCP: &[Kind] = &[Kind::Tcp, Kind::TcpTuned];
+    /// What the bytes of a row cannot be faster than: of each of these kinds that lead there the best, all of them added.
+    fn of_row(op: Op, path: Channel) -> Vec<&'static [Self]> {
         let wire = match path {
             Channel::Unix => &[Self::Unix][..],
-            Channel::Tcp => TCP,
+            Channel::Tcp => &[Self::Tcp, Self::TcpTuned],
             // Nothing moves but a word.
             _ => &[Self::Futex],
         };
         match op {
             Op::Rate => Vec::new(),
-            Op::Call | Op::Sink => vec![(wire, 1)],
-            Op::Read => vec![(wire, 1), (&[Self::Read], 1)],
-            Op::Echo if wire == [Self::Futex] => vec![(wire, 1)],
-            Op::Echo => vec![(wire, 2)],
+            Op::Call | Op::Sink | Op::Echo => vec![wire],
+            Op::Read => vec![wire, &[Self::Read]],
         }
     }
 }
@@ -171,10 +171,11 @@ fn answer(mut socket: impl Read + Write, token: [u8; 16], bytes_max: u64) -> io:
     let mut len = [0; 8];
     loop {
         socket.read_exact(&mut len)?;
-        let len = usize::try_from(u64::from_le_bytes(len)).unwrap_or(usize::MAX);
-        let target = buffer.get_mut(..len).ok_or(io::ErrorKind::InvalidData)?;
+        let len = u64::from_le_bytes(len);
+        let target = usize::try_from(len & !ECHO).ok().and_then(|len| buffer.get_mut(..len));
+        let target = target.ok_or(io::ErrorKind::InvalidData)?;
         socket.read_exact(target)?;
-        socket.write_all(&[1; 8])?;
+        socket.write_all(if len & ECHO == 0 { &[1; 8] } else { target })?;
     }
 }
 
@@ -259,7 +260,7 @@ impl Limits {
         for kind in Kind::ALL {
             let sizes = if kind == Kind::Futex { &[8][..] } else { sizes };
             for size_bytes in sizes.iter().copied() {
-                let Some(us) = self.measure(kind, size_bytes)? else { continue };
+                let Some(us) = self.measure(kind, size_bytes, false)? else { continue };
                 let gb_per_s = (kind != Kind::Futex).then_some(size_bytes as f64 / us / 1e3);
                 limits.push(Limit { name: kind.name().to_owned(), size_bytes, p50_us: us, gb_per_s });
             }
@@ -269,38 +270,44 @@ impl Limits {
 
     /// What a row is compared with, measured now.
     pub(crate) fn of_row(&mut self, op: Op, size_bytes: u64, path: Channel) -> io::Result<Option<RowLimit>> {
-        let (mut names, mut us) = (Vec::new(), 0.0);
-        for (kinds, count) in Kind::of_row(op, path) {
+        let (mut names, mut us, echo) = (Vec::new(), 0.0, op == Op::Echo);
+        for kinds in Kind::of_row(op, path) {
             let mut best: Option<(f64, Kind)> = None;
             for kind in kinds {
-                if let Some(us) = self.measure(*kind, size_bytes)?
+                if let Some(us) = self.measure(*kind, size_bytes, echo)?
                     && best.is_none_or(|(least, _)| us < least)
                 {
                     best = Some((us, *kind));
                 }
             }
             let Some((least, kind)) = best else { return Ok(None) };
-            us += f64::from(count) * least;
-            names.push(if count == 1 { kind.name().to_owned() } else { format!("{count} x {}", kind.name()) });
+            us += least;
+            names.push(if echo && kind != Kind::Futex {
+                format!("{} echo", kind.name())
+            } else {
+                kind.name().to_owned()
+            });
         }
         Ok((!names.is_empty()).then(|| RowLimit { name: names.join(" + "), p50_us: us }))
     }
 
     /// The median time, microseconds; `None` without the instrument.
-    fn measure(&mut self, kind: Kind, size_bytes: u64) -> io::Result<Option<f64>> {
+    fn measure(&mut self, kind: Kind, size_bytes: u64, echo: bool) -> io::Result<Option<f64>> {
         let Some(instrument) = self.instruments.get_mut(&kind) else { return Ok(None) };
         let len = size_bytes as usize;
         let (source, target) = (&self.source[..len], &mut self.target[..len]);
+        let mut short = [0; 8];
         let started = Instant::now();
         let mut times = Vec::new();
         while times.len() < ROUNDS_MAX && (times.len() < ROUNDS_MIN || started.elapsed() < TIME_MIN) {
+            let answer = if echo { Answer::Echo(&mut *target) } else { Answer::Short(&mut short) };
             let began = Instant::now();
             match (kind, &mut *instrument) {
                 (Kind::Read, _) => drop(black_box(sum(black_box(source)))),
                 (_, Instrument::Memory) => black_box(&mut *target).copy_from_slice(black_box(source)),
                 (_, Instrument::Futex(page)) => page.round_trip()?,
-                (_, Instrument::Unix(socket)) => exchange(socket, source)?,
-                (_, Instrument::Tcp(socket)) => exchange(socket, source)?,
+                (_, Instrument::Unix(socket)) => exchange(socket, source, answer)?,
+                (_, Instrument::Tcp(socket)) => exchange(socket, source, answer)?,
             }
             times.push(began.elapsed().as_nanos() as u64);
         }
@@ -321,19 +328,30 @@ where
     socket.write_all(&token)
 }
 
-fn exchange(socket: &mut (impl Read + Write), source: &[u8]) -> io::Result<()> {
-    let mut answer = [0; 8];
+/// Where an answer goes.
+enum Answer<'a> {
+    Short(&'a mut [u8; 8]),
+    /// As long as the message.
+    Echo(&'a mut [u8]),
+}
+
+fn exchange(socket: &mut (impl Read + Write), source: &[u8], answer: Answer<'_>) -> io::Result<()> {
+    let (flag, answer) = match answer {
+        Answer::Short(answer) => (0, answer.as_mut_slice()),
+        Answer::Echo(answer) => (ECHO, answer),
+    };
+    let len = (source.len() as u64 | flag).to_le_bytes();
     // A small message is one packet.
     if source.len() <= 1024 {
         let mut message = [0; 1032];
-        message[..8].copy_from_slice(&(source.len() as u64).to_le_bytes());
+        message[..8].copy_from_slice(&len);
         message[8..8 + source.len()].copy_from_slice(source);
         socket.write_all(&message[..8 + source.len()])?;
     } else {
-        socket.write_all(&(source.len() as u64).to_le_bytes())?;
+        socket.write_all(&len)?;
         socket.write_all(source)?;
     }
-    socket.read_exact(&mut answer)
+    socket.read_exact(answer)
 }
 
 #[cfg(test)]
@@ -353,9 +371,12 @@ mod tests {
         let mut socket = connect(&listening);
         socket.write_all(&listening.token).expect("writes");
         for len in [0, 8, 1024, 1025, 4096] {
-            exchange(&mut socket, &vec![3; len]).expect("an answer");
+            let (source, mut back) = (vec![3; len], vec![0; len]);
+            exchange(&mut socket, &source, Answer::Short(&mut [0; 8])).expect("an answer");
+            exchange(&mut socket, &source, Answer::Echo(&mut back)).expect("an echo");
+            assert_eq!(source, back);
         }
-        assert!(exchange(&mut socket, &[3; 4097]).is_err());
+        assert!(exchange(&mut socket, &[3; 4097], Answer::Short(&mut [0; 8])).is_err());
     }
 
     /// R1
@@ -364,6 +385,6 @@ mod tests {
         let listening = serve(Kind::Tcp, IpAddr::from([127, 0, 0, 1]), 64).expect("listens");
         let mut socket = connect(&listening);
         socket.write_all(&listening.token.map(|byte| !byte)).expect("writes");
-        assert!(exchange(&mut socket, &[3; 8]).is_err());
+        assert!(exchange(&mut socket, &[3; 8], Answer::Short(&mut [0; 8])).is_err());
     }
 }
