@@ -24,7 +24,7 @@ pub(crate) fn row(row: &Row) -> String {
         row.wrong.map(|wrong| wrong.to_string()).unwrap_or_default(),
         row.limit.as_ref().map(|limit| limit.name.clone()).unwrap_or_default(),
         some(row.limit.as_ref().map(|limit| limit.p50_us)),
-        some(row.ratio()),
+        some(row.ratio),
         some(Some(row.spread())),
     ];
     fields.join(",") + "\n"

@@ -105,7 +105,7 @@ fn rows(text: &mut String, report: &Report) {
             row.path.clone(),
             row.wrong.map_or_else(|| "–".to_owned(), |wrong| wrong.to_string()),
             some(row.limit.as_ref().map(|limit| limit.p50_us)),
-            some(row.ratio()),
+            some(row.ratio),
         ];
         text.push_str("<tr>");
         for field in fields {

@@ -135,7 +135,7 @@ impl Bench<'_> {
                 _ => None,
             };
             match self.cell(op, size_bytes)? {
-                Some(row) => say(&Event::Row(Box::new(Row { limit, ..row })))?,
+                Some(row) => say(&Event::Row(Box::new(row.with_limit(limit))))?,
                 None => return Ok(()),
             }
         }
@@ -369,6 +369,7 @@ impl Times {
             gb_per_s: (bytes > 0.0).then(|| bytes / seconds / 1e9),
             wrong,
             limit: None,
+            ratio: None,
             runs_p50_us: vec![us(self.histogram.value_at_quantile(0.5))],
         })
     }

@@ -95,6 +95,9 @@ pub(crate) struct Row {
     /// If limits were asked for and there is one.
     #[serde(default)]
     pub(crate) limit: Option<RowLimit>,
+    /// How many times its limit it takes: of several runs, the median of their ratios.
+    #[serde(default)]
+    pub(crate) ratio: Option<f64>,
     /// `p50_us` of each run.
     pub(crate) runs_p50_us: Vec<f64>,
 }
@@ -105,9 +108,10 @@ impl Row {
         (self.op, self.size_bytes, self.outstanding)
     }
 
-    /// How many times its limit it takes.
-    pub(crate) fn ratio(&self) -> Option<f64> {
-        self.limit.as_ref().map(|limit| self.p50_us / limit.p50_us)
+    /// The row with its limit.
+    pub(crate) fn with_limit(self, limit: Option<RowLimit>) -> Self {
+        let ratio = limit.as_ref().map(|limit| self.p50_us / limit.p50_us);
+        Self { limit, ratio, ..self }
     }
 
     /// The slowest run's median by the fastest's.
@@ -136,6 +140,7 @@ impl Row {
         row.wrong = runs.iter().map(|run| run.wrong).sum();
         let us = of_some(|run| run.limit.as_ref().map(|limit| limit.p50_us));
         row.limit = row.limit.zip(us).map(|(limit, p50_us)| RowLimit { p50_us, ..limit });
+        row.ratio = of_some(|run| run.ratio);
         row.runs_p50_us = runs.iter().map(|run| run.p50_us).collect();
         Some(row)
     }
@@ -234,6 +239,7 @@ pub(crate) mod tests {
             gb_per_s: Some(1.0),
             wrong: Some(1),
             limit: Some(RowLimit { name: "raw tcp".to_owned(), p50_us: 2.0 }),
+            ratio: Some(p50_us / 2.0),
             runs_p50_us: vec![p50_us],
         }
     }
@@ -265,7 +271,7 @@ pub(crate) mod tests {
         let row = Row::median(&runs).expect("three runs");
         assert_eq!((row.p50_us, row.mean_us, row.calls, row.wrong), (4.0, 4.0, 30, Some(3)));
         assert_eq!(row.p99_us, None, "not every run has one");
-        assert_eq!((row.ratio(), row.spread()), (Some(2.0), 4.0));
+        assert_eq!((row.ratio, row.spread()), (Some(2.0), 4.0));
         runs[2].wrong = None;
         assert_eq!(Row::median(&runs).expect("three runs").wrong, None, "one was not checked");
         assert!(Row::median(&[]).is_none());

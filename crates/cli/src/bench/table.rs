@@ -50,7 +50,7 @@ pub(crate) fn row(row: &Row, plan: &Plan, runs: u32) -> String {
         row.wrong.map_or_else(|| "-".to_owned(), |wrong| wrong.to_string()),
     );
     if plan.limits {
-        let ratio = row.ratio().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+        let ratio = row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
         let _ = write!(text, " {:>10} {ratio:>6}", optional(row.limit.as_ref().map(|limit| limit.p50_us)));
         if let Some(limit) = &row.limit {
             let _ = write!(text, "  {}", limit.name);
