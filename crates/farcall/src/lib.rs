@@ -2,7 +2,7 @@
 //!
 //! # This crate
 //! What Rust programs depend on: the public items of the crates below, and [`log`].
-//! [`architecture`] is the map of the whole, [`gotchas`] what surprised us about drivers.
+//! [`architecture`] is the map of the whole, [`gotchas`] what surprised us about drivers, [`bench_page`] how to measure.
 
 #[cfg(feature = "log")]
 pub mod log;
@@ -33,6 +33,9 @@ pub mod architecture {}
 pub mod gotchas {}
 #[doc = include_str!("../docs/settings.md")]
 pub mod settings_page {}
+
+#[doc = include_str!("../docs/bench.md")]
+pub mod bench_page {}
 
 /// What `#[farcall::function]` expands to; not for programs.
 #[doc(hidden)]
