@@ -1,12 +1,11 @@
 //! What does a call cost beside the raw socket under it?
 //!
-//! Question: latency of a small call beside a raw blocking ping-pong over TCP loopback; time of `sink` of 16 and 256 MiB
-//! beside a raw TCP stream into warm memory; page faults per call once warm.
+//! Question: latency of a small call, of each kind of handler and of waiting, beside a raw blocking ping-pong over TCP loopback;
+//! page faults per call once warm. Sizes, percentiles and bandwidth beside the physical limits: `farcall bench --limits`.
 //! Method: two processes; raw and farcall blocks alternate within one run; medians over blocks, with the lowest and
 //! highest. Small calls are measured twice: both processes on one processor, and one on each. Left to the scheduler, either
 //! placement comes about by chance and stays, and the second is many times slower where idle processors halt (virtual
-//! machines), so that a raw socket and a call would be compared in different ones. The raw stream uses the better of the
-//! kernel's own and 512 KiB socket buffers. Wall time is for a quiet machine: read the ratios.
+//! machines), so that a raw socket and a call would be compared in different ones. Wall time is for a quiet machine: read the ratios.
 //! Run: `cargo run --release -p farcall-benches --bin calls`. Calls go by Unix sockets, with `FARCALL_TRANSPORT=tcp` over TCP
 //! as the raw sockets do.
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
@@ -26,7 +25,6 @@ const SMALL_BLOCKS: usize = 15;
 const SMALL_CALLS: usize = 2000;
 /// Bytes of a small request on the wire: a header and an integer.
 const SMALL_BYTES: usize = 66;
-const STREAM_BLOCKS: usize = 7;
 const MIB: usize = 1 << 20;
 
 /// Adds one; runs on the pool, as any function does.
@@ -45,12 +43,6 @@ fn next_inline(x: u64) -> u64 {
 #[farcall::function(name = "bench::next_async")]
 async fn next_async(x: u64) -> u64 {
     x + 1
-}
-
-/// Takes a tensor, gives its length.
-#[farcall::function(name = "bench::sink")]
-fn sink(x: Tensor) -> u64 {
-    x.numel() as u64
 }
 
 /// Gives a tensor back.
@@ -108,42 +100,15 @@ fn raw_pong(mut socket: TcpStream) -> Outcome {
     Ok(())
 }
 
-fn raw_sink(mut socket: TcpStream) -> Outcome {
-    let mut buffer = vec![1_u8; 256 * MIB];
-    let mut len = [0; 8];
-    while socket.read_exact(&mut len).is_ok() {
-        let target = buffer.get_mut(..u64::from_le_bytes(len) as usize).ok_or("larger than the bench's buffer")?;
-        socket.read_exact(target)?;
-        socket.write_all(&[1])?;
-    }
-    Ok(())
-}
-
 fn serve() -> Outcome {
     pin("BENCH_SERVER_CPU")?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     std::fs::write(std::env::var("BENCH_PORT_FILE")?, listener.local_addr()?.port().to_string())?;
-    // Ping-pong, stream with the kernel's buffers, stream with 512 KiB ones; in this order.
-    let mut threads = Vec::new();
-    for kind in 0..3 {
-        if kind == 2 {
-            set_buffers(&listener)?;
-        }
-        let (socket, _) = listener.accept()?;
-        socket.set_nodelay(true)?;
-        threads.push(std::thread::spawn(move || if kind == 0 { raw_pong(socket) } else { raw_sink(socket) }));
-    }
+    let (socket, _) = listener.accept()?;
+    socket.set_nodelay(true)?;
+    let pong = std::thread::spawn(move || raw_pong(socket));
     Agent::join_blocking(Options::from_env()?)?.serve_blocking()?;
-    for thread in threads {
-        thread.join().map_err(|_| "a raw server panicked")??;
-    }
-    Ok(())
-}
-
-fn set_buffers(socket: &impl std::os::fd::AsFd) -> Outcome {
-    rustix::net::sockopt::set_socket_recv_buffer_size(socket, 512 << 10)?;
-    rustix::net::sockopt::set_socket_send_buffer_size(socket, 512 << 10)?;
-    Ok(())
+    pong.join().map_err(|_| "the raw server panicked")?
 }
 
 // ---- this process ----
@@ -198,20 +163,10 @@ fn main() -> Outcome {
             return Err(format!("small calls: {status}").into());
         }
     }
-    with_server(|agent, raw| {
-        streams(agent, raw)?;
-        page_faults_per_call(agent)
-    })
+    with_server(|agent, _| page_faults_per_call(agent))
 }
 
-/// Connections to the raw servers of the other process.
-struct Raw {
-    pong: TcpStream,
-    plain: TcpStream,
-    tuned: TcpStream,
-}
-
-fn with_server(measure: impl FnOnce(&Agent, &mut Raw) -> Outcome) -> Outcome {
+fn with_server(measure: impl FnOnce(&Agent, &mut TcpStream) -> Outcome) -> Outcome {
     let store = StoreServer::bind("127.0.0.1:0")?;
     let port_file = std::env::temp_dir().join(format!("farcall-bench-{}", std::process::id()));
     let mut server = Command::new(std::env::current_exe()?)
@@ -222,9 +177,9 @@ fn with_server(measure: impl FnOnce(&Agent, &mut Raw) -> Outcome) -> Outcome {
         .env("BENCH_PORT_FILE", &port_file)
         .stdin(Stdio::null())
         .spawn()?;
-    let measured = join(&store, &port_file).and_then(|(agent, mut raw)| {
-        measure(&agent, &mut raw)?;
-        drop(raw);
+    let measured = join(&store, &port_file).and_then(|(agent, mut pong)| {
+        measure(&agent, &mut pong)?;
+        drop(pong);
         Ok(agent.shutdown_blocking()?)
     });
     if measured.is_err() {
@@ -235,7 +190,7 @@ fn with_server(measure: impl FnOnce(&Agent, &mut Raw) -> Outcome) -> Outcome {
     measured
 }
 
-fn join(store: &StoreServer, port_file: &std::path::Path) -> Outcome<(Agent, Raw)> {
+fn join(store: &StoreServer, port_file: &std::path::Path) -> Outcome<(Agent, TcpStream)> {
     let deadline = Instant::now() + Duration::from_secs(10);
     let port: u16 = loop {
         match std::fs::read_to_string(port_file).ok().and_then(|text| text.parse().ok()) {
@@ -244,26 +199,17 @@ fn join(store: &StoreServer, port_file: &std::path::Path) -> Outcome<(Agent, Raw
             None => std::thread::sleep(Duration::from_millis(5)),
         }
     };
-    let connect = || -> Outcome<TcpStream> {
-        let socket = TcpStream::connect(("127.0.0.1", port))?;
-        socket.set_nodelay(true)?;
-        Ok(socket)
-    };
-    let (pong, plain) = (connect()?, connect()?);
-    // The listener's buffers change between the second and the third accept.
-    std::thread::sleep(Duration::from_millis(200));
-    let tuned = connect()?;
-    set_buffers(&tuned)?;
+    let pong = TcpStream::connect(("127.0.0.1", port))?;
+    pong.set_nodelay(true)?;
     let mut options = Options::new(0, 2, store.address().to_string());
     options.host_store = false;
     if let Ok(transport) = std::env::var("FARCALL_TRANSPORT") {
         options.transport = transport.parse()?;
     }
-    Ok((Agent::join_blocking(options)?, Raw { pong, plain, tuned }))
+    Ok((Agent::join_blocking(options)?, pong))
 }
 
-fn small_calls(agent: &Agent, raw: &mut Raw) -> Outcome {
-    let pong = &mut raw.pong;
+fn small_calls(agent: &Agent, pong: &mut TcpStream) -> Outcome {
     let to = agent.to("w1");
     let runtime = std::sync::Arc::new(CurrentThread);
     let mut buffer = [0; SMALL_BYTES];
@@ -327,46 +273,6 @@ fn warm(len: usize) -> Outcome<Tensor> {
     let mut tensor = TensorMut::empty(DType::U8, &[len])?;
     tensor.as_mut_slice::<u8>()?.fill(7);
     Ok(tensor.freeze_ready())
-}
-
-fn streams(agent: &Agent, raw: &mut Raw) -> Outcome {
-    let Raw { plain, tuned, .. } = raw;
-    println!("\nsink of a tensor in a slab, two processes, raw: TCP loopback; median of {STREAM_BLOCKS} blocks");
-    println!("{:<30} {:>10} {:>10} {:>10} {:>8} {:>7}", "", "median us", "lowest", "highest", "GB/s", "ratio");
-    let mut ack = [0];
-    for (mib, count) in [(1, 200), (16, 20), (256, 3)] {
-        let len = mib * MIB;
-        let tensor = warm(len)?;
-        let bytes = tensor.as_slice::<u8>()?;
-        let mut columns: [Vec<f64>; 3] = Default::default();
-        for block in 0..=STREAM_BLOCKS {
-            let mut raw = |socket: &mut TcpStream| {
-                time_us(count, || {
-                    socket.write_all(&(len as u64).to_le_bytes())?;
-                    socket.write_all(bytes)?;
-                    Ok(socket.read_exact(&mut ack)?)
-                })
-            };
-            let row =
-                [raw(plain)?, raw(tuned)?, time_us(count, || used(agent.to("w1").call(sink, (&tensor,)).wait()?))?];
-            if block > 0 {
-                columns.iter_mut().zip(row).for_each(|(column, value)| column.push(value));
-            }
-        }
-        let spreads = columns.map(spread);
-        let base = spreads[0].median.min(spreads[1].median);
-        for (name, Spread { median, low, high }) in
-            ["raw, kernel's buffers", "raw, 512 KiB buffers", "farcall sink"].iter().zip(spreads)
-        {
-            let rate = len as f64 / median / 1e3;
-            println!(
-                "{:<30} {median:>10.1} {low:>10.1} {high:>10.1} {rate:>8.2} {:>7.2}",
-                format!("{mib} MiB {name}"),
-                median / base
-            );
-        }
-    }
-    Ok(())
 }
 
 fn page_faults_per_call(agent: &Agent) -> Outcome {

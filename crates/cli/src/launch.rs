@@ -5,9 +5,9 @@
 //! The workers share a job key: the launcher's own if its environment has one, else one made for them. They get it in their
 //! environment, which their own user and root can read; a command line could be read by everybody.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, ChildStdout, Command, ExitStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -27,7 +27,32 @@ pub(crate) struct Workers {
     children: Vec<Option<Child>>,
     told_to_end: Arc<AtomicUsize>,
     /// Kept until the workers have ended.
-    _store: StoreServer,
+    _store: Option<StoreServer>,
+}
+
+/// Where a single worker finds its group.
+pub(crate) struct Place<'a> {
+    pub(crate) rank: u32,
+    pub(crate) world_size: u32,
+    pub(crate) store: &'a str,
+    pub(crate) group: &'a str,
+    /// Unless its environment has one already.
+    pub(crate) key: Option<&'a JobKey>,
+}
+
+impl Place<'_> {
+    fn tell(&self, command: &mut Command) {
+        command
+            .env("FARCALL_RANK", self.rank.to_string())
+            .env("FARCALL_WORLD_SIZE", self.world_size.to_string())
+            .env("FARCALL_LOCAL_RANK", self.rank.to_string())
+            .env("FARCALL_STORE", self.store)
+            .env("FARCALL_GROUP", self.group)
+            .env("FARCALL_HOST_STORE", "0");
+        if let Some(key) = self.key {
+            command.env("FARCALL_KEY", key.to_hex());
+        }
+    }
 }
 
 /// How a worker ended.
@@ -39,32 +64,43 @@ pub(crate) struct Ended {
 impl Workers {
     /// Starts `n` workers; `command` makes the one of a rank, the environment is added here.
     pub(crate) fn start(n: u32, command: impl Fn(u32) -> Command) -> Result<Self, Failure> {
-        let told_to_end = Arc::new(AtomicUsize::new(0));
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register_usize(signal, Arc::clone(&told_to_end), signal as usize)?;
-        }
         let given = Options::key_from_env()?;
         let key = given.clone().map_or_else(JobKey::random, Ok)?;
         let store = StoreServer::bind_with("127.0.0.1:0", StoreLimits::default(), Some(key.clone()))?;
-        let group = format!("run-{}", std::process::id());
-        let mut workers = Self { children: Vec::new(), told_to_end, _store: store };
+        let (address, group) = (store.address().to_string(), format!("run-{}", std::process::id()));
+        let mut workers = Self { children: Vec::new(), told_to_end: told_to_end()?, _store: Some(store) };
         for rank in 0..n {
-            let mut command = command(rank);
-            command
-                .env("FARCALL_RANK", rank.to_string())
-                .env("FARCALL_WORLD_SIZE", n.to_string())
-                .env("FARCALL_LOCAL_RANK", rank.to_string())
-                .env("FARCALL_STORE", workers._store.address().to_string())
-                .env("FARCALL_GROUP", &group)
-                .env("FARCALL_HOST_STORE", "0");
-            if given.is_none() {
-                command.env("FARCALL_KEY", key.to_hex());
-            }
-            let program = command.get_program().to_string_lossy().into_owned();
-            let child = command.spawn().map_err(|error| format!("cannot start {program}: {error}"))?;
-            workers.children.push(Some(child));
+            let key = given.is_none().then_some(&key);
+            workers.spawn(command(rank), &Place { rank, world_size: n, store: &address, group: &group, key })?;
         }
         Ok(workers)
+    }
+
+    /// Starts the only worker here of a group whose store is elsewhere.
+    pub(crate) fn start_one(command: Command, place: &Place<'_>) -> Result<Self, Failure> {
+        let mut workers = Self { children: Vec::new(), told_to_end: told_to_end()?, _store: None };
+        workers.spawn(command, place)?;
+        Ok(workers)
+    }
+
+    fn spawn(&mut self, mut command: Command, place: &Place<'_>) -> Result<(), Failure> {
+        place.tell(&mut command);
+        let program = command.get_program().to_string_lossy().into_owned();
+        let child = command.spawn().map_err(|error| format!("cannot start {program}: {error}"))?;
+        self.children.push(Some(child));
+        Ok(())
+    }
+
+    /// The piped output of the worker that was started first.
+    pub(crate) fn take_output(&mut self) -> Option<ChildStdout> {
+        self.children.first_mut()?.as_mut()?.stdout.take()
+    }
+
+    /// Writes to the piped input of the worker that was started first; one that has ended hears nothing.
+    pub(crate) fn tell(&mut self, line: &str) {
+        if let Some(input) = self.children.first_mut().and_then(|child| child.as_mut()?.stdin.as_mut()) {
+            let _ = writeln!(input, "{line}");
+        }
     }
 
     /// Waits for the next worker to end; `None` once all have, or an interrupt's signal as the error.
@@ -86,6 +122,21 @@ impl Workers {
                 0 => std::thread::sleep(TICK),
                 signal => return Err(Interrupted(signal)),
             }
+        }
+    }
+
+    /// Waits for the next worker to end, whatever signals come; `None` once all have, or at `deadline`.
+    pub(crate) fn next_until(&mut self, deadline: Instant) -> Option<usize> {
+        loop {
+            let before = self.children.iter().flatten().count();
+            let left = self.reap();
+            if left < before {
+                return Some(left);
+            }
+            if left == 0 || Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(TICK);
         }
     }
 
@@ -129,6 +180,15 @@ impl Drop for Workers {
             self.end();
         }
     }
+}
+
+/// Becomes the number of the signal that tells this process to end.
+pub(crate) fn told_to_end() -> io::Result<Arc<AtomicUsize>> {
+    let told = Arc::new(AtomicUsize::new(0));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_usize(signal, Arc::clone(&told), signal as usize)?;
+    }
+    Ok(told)
 }
 
 /// The launcher was told to end, by this signal.

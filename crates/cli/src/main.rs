@@ -3,8 +3,11 @@
 //! Exit codes: 0 ok, 1 failed, 2 usage, 3 requirement not met.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command speaks to a person")]
 
+mod bench;
 mod config;
 mod demo;
+mod doctor;
+mod explain;
 mod launch;
 mod run;
 mod schema;
@@ -47,6 +50,8 @@ enum Command {
         #[arg(last = true, required = true, value_name = "PROGRAM")]
         program: Vec<String>,
     },
+    /// Measure calls: latency, bandwidth, rate, and whether the data is right.
+    Bench(Box<bench::BenchArgs>),
     /// Settings: which there are, their values, and where these come from.
     Config {
         #[command(subcommand)]
@@ -75,6 +80,21 @@ enum Command {
         #[command(subcommand)]
         command: schema::SchemaCommand,
     },
+    /// Say what this machine offers to farcall, what it lacks, and how to get it.
+    Doctor(doctor::DoctorArgs),
+    /// Say which way a tensor takes from one device to another, and why every other way is not taken.
+    Explain(explain::ExplainArgs),
+    /// Reads its parent's memory, for `doctor`.
+    #[command(hide = true)]
+    DoctorChild { pid: u32, address: u64, expected: String },
+    /// One worker of a bench.
+    #[command(hide = true)]
+    BenchWorker {
+        #[arg(long)]
+        plan: Option<String>,
+        #[arg(long)]
+        cpu: Option<usize>,
+    },
     /// One worker of the demo.
     #[command(hide = true)]
     DemoWorker {
@@ -89,8 +109,8 @@ pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 fn main() -> ExitCode {
     // Usage errors end here with code 2.
     let cli = Cli::parse();
-    // `config` is what is asked when settings are wrong; a simulation's workers lose each other all the time.
-    let is_quiet = matches!(cli.command, Command::Config { .. })
+    // `config` and `doctor` are what is asked when settings are wrong; a simulation's workers lose each other all the time.
+    let is_quiet = matches!(cli.command, Command::Config { .. } | Command::Doctor(_) | Command::DoctorChild { .. })
         || matches!(cli.command, Command::Sim { .. }) && std::env::var_os("FARCALL_LOG").is_none();
     let log = if is_quiet { Ok(()) } else { farcall::log::init() };
     log.map_err(Into::into).and_then(|()| run(cli.command)).unwrap_or_else(|error| {
@@ -106,6 +126,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchWorker { plan, cpu } => bench::work(plan.as_deref(), cpu).map(|()| ExitCode::SUCCESS),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::DoctorChild { pid, address, expected } => doctor::child(pid, address, &expected),
+        Command::Explain(args) => explain::run(&args),
         Command::Config { command } => config::run(&command),
         Command::Schema { command } => schema::run(&command),
         Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),

@@ -2,7 +2,7 @@
 //!
 //! # This crate
 //! What Rust programs depend on: the public items of the crates below, and [`log`].
-//! [`architecture`] is the map of the whole, [`gotchas`] what surprised us about drivers.
+//! [`architecture`] is the map of the whole, [`gotchas`] what surprised us about drivers, [`bench_page`] how to measure.
 
 #[cfg(feature = "log")]
 pub mod log;
@@ -20,7 +20,8 @@ pub use farcall_schema::{
     self as schema, FromValue, Kwargs, NoMatch, Ref, Refused, Schema, Value, ValueError, args, kwargs,
 };
 pub use farcall_transport::{
-    self as transport, CloseCause, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId, WorkerInfo,
+    self as transport, Channel, CloseCause, Decision, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId,
+    WorkerInfo,
 };
 
 /// What a program that calls and serves functions needs.
@@ -35,6 +36,9 @@ pub mod architecture {}
 pub mod gotchas {}
 #[doc = include_str!("../docs/settings.md")]
 pub mod settings_page {}
+
+#[doc = include_str!("../docs/bench.md")]
+pub mod bench_page {}
 
 /// What `#[farcall::function]` expands to; not for programs.
 #[doc(hidden)]

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use farcall_device::Runtime;
 use farcall_device::codec::encode;
+use farcall_device::{Device, Runtime};
 use farcall_schema::{FromValue, Kwargs, Value};
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
-    CloseCause, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo, is_forked_child,
+    Channel, CloseCause, Decision, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo,
+    is_forked_child,
 };
 use serde::Serialize;
 use tokio::runtime::{EnterGuard, Handle};
@@ -641,6 +642,22 @@ impl To<'_> {
         let rank = agent.rank(&self.target)?;
         let current = lock(&agent.routes()[rank as usize].current);
         current.as_ref().and_then(|(endpoint, _)| endpoint.route().cloned())
+    }
+
+    /// Which channel takes a tensor of `bytes` on a device here to one of the worker's (in this order), and why each other one
+    /// does not; `None` if there is no such worker. Nothing is dialed for it.
+    pub fn explain(&self, devices: [Device; 2], bytes: u64) -> Option<Decision> {
+        let agent = &self.agent.0;
+        let rank = agent.rank(&self.target)?;
+        let info = Arc::clone(&lock(&agent.routes()[rank as usize].info));
+        Some(agent.driver.decide(&info, devices, bytes))
+    }
+
+    /// The channel that a host tensor of `bytes` takes to the worker: of the connection that this agent has dialed, even if it
+    /// had to fall back to it; else, the one it would dial.
+    pub fn channel(&self, bytes: u64) -> Option<Channel> {
+        let dialed = self.dialed().map(|route| route.channel());
+        dialed.or_else(|| self.explain([Device::HOST; 2], bytes)?.taken())
     }
 
     fn call_here(&self, callee: Callee, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {

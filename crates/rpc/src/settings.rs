@@ -24,7 +24,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use farcall_device::{Config, Runtime};
-use farcall_transport::{JobKey, KeyError, Tls};
+use farcall_transport::{JobKey, KeyError, Limits, Tls, Transport};
 
 pub use error::SettingsError;
 use launcher::Launch;
@@ -269,6 +269,18 @@ impl Settings {
     #[must_use]
     pub fn log_format(&self) -> LogFormat {
         self.draft.log_format
+    }
+
+    /// Which sockets are used.
+    #[must_use]
+    pub fn transport(&self) -> Transport {
+        self.draft.options.transport
+    }
+
+    /// Bounds on what peers may send.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.draft.options.limits
     }
 
     /// This worker's rank, if it is known.

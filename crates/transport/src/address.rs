@@ -12,7 +12,7 @@ use crate::endpoint::encoded;
 use crate::error::AuthError;
 use crate::frame::{FEATURES, VERSION};
 use crate::key::Nonce;
-use crate::{CloseCause, DriverConfig, LocalAddress};
+use crate::{Channel, CloseCause, DriverConfig, LocalAddress};
 
 /// One worker of a group: its name and its rank.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -52,6 +52,17 @@ pub enum Route {
     Tcp(SocketAddr),
     /// By a Unix socket on this host.
     Unix(Arc<LocalAddress>),
+}
+
+impl Route {
+    /// The channel that it leads over.
+    #[must_use]
+    pub fn channel(&self) -> Channel {
+        match self {
+            Self::Tcp(_) => Channel::Tcp,
+            Self::Unix(_) => Channel::Unix,
+        }
+    }
 }
 
 impl fmt::Display for Route {

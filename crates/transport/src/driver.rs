@@ -25,7 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use farcall_device::Runtime;
+use farcall_device::{Device, Runtime};
 use rustix::event::epoll::EventFlags;
 
 #[cfg(any(test, feature = "fuzzing"))]
@@ -41,6 +41,7 @@ use crate::endpoint::{Endpoint, lock};
 use crate::fork::is_forked_child;
 use crate::frame::Kind;
 use crate::key::{self, Nonce};
+use crate::negotiate::negotiate;
 use crate::sim;
 use crate::socket::Socket;
 use crate::strangers::Strangers;
@@ -48,7 +49,8 @@ use crate::strangers::Strangers;
 use crate::tls::Session;
 use crate::tls::Tls;
 use crate::{
-    CloseCause, Frame, JobKey, Limits, ProtocolError, Route, TransferError, Transport, WorkerInfo, local, tcp,
+    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, ProtocolError, Route, TransferError, Transport,
+    WorkerInfo, local, tcp,
 };
 
 /// How often a stopping driver looks whether all goodbyes are taken.
@@ -306,17 +308,22 @@ impl Driver {
         self.fallbacks.load(Ordering::Relaxed)
     }
 
+    /// Which channel takes `bytes` of a device here to one of `target`'s (in this order), and why the others do not.
+    pub fn decide(&self, target: &WorkerInfo, [here, there]: [Device; 2], bytes: u64) -> Decision {
+        let DriverConfig { worker, transport, limits, .. } = &self.config;
+        let here = End { local: worker.local.as_ref(), device: here };
+        let there = End { local: target.local.as_ref(), device: there };
+        negotiate(*transport, &here, &there, bytes, limits)
+    }
+
     /// Connects to `target`, by a Unix socket if it is near. A TCP socket becomes writable once that succeeded or failed.
     pub(crate) fn connect(&self, target: &WorkerInfo) -> Result<(Socket, Route), TransferError> {
         if let Engine::Simulated(host) = &self.engine {
             let (route, socket) = (Route::Tcp(target.address), host.connect(target.address));
             return Ok((Socket::Simulated(socket), route));
         }
-        let near = match (&self.config.worker.local, &target.local) {
-            (Some(own), Some(theirs)) if own.is_near(theirs) => Some(theirs),
-            _ => None,
-        };
-        if let Some(address) = near {
+        let channel = self.decide(target, [Device::HOST; 2], 0).taken();
+        if let (Some(Channel::Unix), Some(address)) = (channel, &target.local) {
             match local::connect(address) {
                 Ok(socket) => return Ok((Socket::System(socket), Route::Unix(Arc::new(address.clone())))),
                 Err(error) if self.config.transport == Transport::Auto => {
@@ -328,7 +335,7 @@ impl Driver {
                     return Err(TransferError::Connect { route, source });
                 }
             }
-        } else if self.config.transport == Transport::Unix {
+        } else if channel.is_none() {
             return Err(TransferError::Elsewhere { worker: target.id.clone() });
         }
         let route = Route::Tcp(target.address);

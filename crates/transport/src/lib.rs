@@ -5,6 +5,8 @@
 //! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
+//! - [`negotiate()`]: which [`Channel`] takes the bytes to a peer, and why the others do not.
+//! - [`probe`]: what this machine offers, tried for real.
 //! - [`InterfaceChoice`]: which of the host's addresses a worker listens on.
 //! - [`JobKey`]: what the workers of a job share, proven by both sides of each connection before anything else (PEERS).
 //!
@@ -27,8 +29,10 @@ mod interface;
 mod key;
 mod life;
 mod local;
+mod negotiate;
 #[doc(hidden)]
 pub mod planted;
+pub mod probe;
 mod receive;
 mod repeats;
 pub mod sim;
@@ -52,6 +56,7 @@ pub use interface::{InterfaceAddress, InterfaceChoice, InterfaceError, addresses
 pub use key::{JobKey, KeyError};
 pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
+pub use negotiate::{Carriage, Channel, Decision, End, Obstacle, Verdict, negotiate};
 pub use receive::{Frame, Unanswered};
 #[doc(hidden)]
 pub use repeats::Repeats;

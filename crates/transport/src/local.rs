@@ -20,6 +20,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::error::AuthError;
 use crate::key::fresh;
+use crate::negotiate::Obstacle;
 use crate::{LifeAddress, life};
 
 const LISTEN_BACKLOG: i32 = 1024;
@@ -36,6 +37,16 @@ pub enum Transport {
     Tcp,
     /// Unix sockets alone: a worker elsewhere, or of another user, cannot be reached and cannot reach this one.
     Unix,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Auto => "auto",
+            Self::Tcp => "tcp",
+            Self::Unix => "unix",
+        })
+    }
 }
 
 impl FromStr for Transport {
@@ -67,8 +78,11 @@ pub struct LocalAddress {
 }
 
 impl LocalAddress {
-    /// An address of this process, with a name that nobody can guess.
-    fn new() -> io::Result<Self> {
+    /// An address of this process, with a name that nobody can guess and that nobody listens to yet.
+    ///
+    /// # Errors
+    /// The system does not tell its boot or this thread's network namespace, or gives no random bytes.
+    pub fn new() -> io::Result<Self> {
         let random: String = fresh()?[..16].iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self {
             name: format!("farcall-{random}").into(),
@@ -81,7 +95,19 @@ impl LocalAddress {
 
     /// Whether a process at this address can dial `other`, as far as the two can tell.
     pub(crate) fn is_near(&self, other: &Self) -> bool {
-        (&self.boot, self.network, self.user) == (&other.boot, other.network, other.user)
+        self.distance(other).is_none()
+    }
+
+    /// What keeps a process at this address from dialing `other`, as far as the two can tell.
+    pub(crate) fn distance(&self, other: &Self) -> Option<Obstacle> {
+        if self.boot != other.boot {
+            let (here, there) = (Arc::clone(&self.boot), Arc::clone(&other.boot));
+            return Some(Obstacle::OtherHost { here, there });
+        }
+        if self.network != other.network {
+            return Some(Obstacle::OtherNetwork { here: self.network, there: other.network });
+        }
+        (self.user != other.user).then_some(Obstacle::OtherUser { here: self.user, there: other.user })
     }
 
     fn socket_address(&self) -> io::Result<SockAddr> {
