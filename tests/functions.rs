@@ -156,6 +156,7 @@ pub(crate) fn fork(cx: &Call, key: String) -> Result<(i32, String)> {
     use std::io::{Read, Write};
     let (mut there, mut here) = std::os::unix::net::UnixStream::pair()?;
     let waiting = cx.agent().to("w0").call(hold, (&key,));
+    let tensor = Tensor::from_slice(&[1_u8; 100], &[100])?;
     // SAFETY: the child runs what follows on its only thread, and never returns from here.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -167,6 +168,12 @@ pub(crate) fn fork(cx: &Call, key: String) -> Result<(i32, String)> {
         see("call", matches!(cx.agent().to("w0").call(add, (1, 2)).wait(), Err(CallError::ForkedProcess { .. })));
         see("shutdown", matches!(cx.agent().shutdown_blocking(), Err(farcall::JoinError::ForkedProcess)));
         see("join", matches!(Agent::join_blocking(Options::new(0, 1, "")), Err(farcall::JoinError::ForkedProcess)));
+        let forked = |error| matches!(error, farcall::DeviceError::ForkedProcess);
+        see("tensor", tensor.as_slice::<u8>().is_err_and(forked));
+        see("memory", Tensor::from_slice(&[1_u8; 100], &[100]).is_err_and(forked));
+        drop(tensor);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        see("slabs", !maps.is_empty() && !maps.contains("farcall-slab"));
         cx.agent().abort();
         drop(cx.agent().clone());
         // The parent sees the end of the pipe when this has been written.
