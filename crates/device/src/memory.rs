@@ -9,7 +9,6 @@
 //! Invariant M4 (FORK): a forked child has no slab: its copies of the mappings would keep the parent's memory. It is told so.
 #![expect(unsafe_code, reason = "maps memory and hands out slices of it")]
 
-mod fork;
 mod view;
 
 use std::fmt;
@@ -23,9 +22,9 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-pub use fork::is_forked_child;
 pub(crate) use view::View;
 
+use crate::fork::{self, Kept, is_forked_child};
 use crate::{Device, DeviceError};
 
 /// Every storage from a slab starts at a multiple of this: a cache line, and the widest vector register.
@@ -41,8 +40,8 @@ pub struct Slab {
     id: u64,
     base: NonNull<u8>,
     len: usize,
-    /// Or why other processes cannot map it.
-    fd: Result<OwnedFd, Errno>,
+    /// Or why other processes cannot map it. A child would keep the memory by it.
+    fd: Result<(Kept, OwnedFd), Errno>,
     retired: AtomicBool,
 }
 
@@ -80,14 +79,15 @@ impl Slab {
             let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL | SealFlags::FUTURE_WRITE;
             rustix::fs::fcntl_add_seals(&fd, seals).map(|()| fd)
         });
-        if let Err(errno) = fd {
-            warn_unshared(errno);
+        if let Err(errno) = &fd {
+            warn_unshared(*errno);
         }
         // SAFETY: our mapping, of which nobody has a reference yet; the advice changes no contents.
         if let Err(errno) = unsafe { rustix::mm::madvise(base.as_ptr().cast(), len, Advice::LinuxDontFork) } {
             tracing::debug!(%errno, "a forked child will hold a slab's memory");
         }
         let id = NEXT_SLAB_ID.fetch_add(1, Ordering::Relaxed);
+        let fd = fd.map(|fd| (Kept::new(&fd), fd));
         let slab = Arc::new(Self { id, base, len, fd, retired: AtomicBool::new(false) });
         Ok(SlabRange { slab, offset: 0, len })
     }
@@ -110,7 +110,7 @@ impl Slab {
     /// # Errors
     /// Why the memory is this process's alone: the system refused a memfd, or the seals that a peer relies on.
     pub fn fd(&self) -> io::Result<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd).map_err(|errno| (*errno).into())
+        self.fd.as_ref().map(|(_, fd)| fd.as_fd()).map_err(|errno| (*errno).into())
     }
 
     /// Takes the slab out of use; `false` if it is already.
@@ -146,7 +146,8 @@ impl Drop for Slab {
 impl fmt::Debug for Slab {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { id, len, fd, .. } = self;
-        f.debug_struct("Slab").field("id", id).field("len", len).field("fd", fd).finish_non_exhaustive()
+        let fd = fd.as_ref().map(|(_, fd)| fd);
+        f.debug_struct("Slab").field("id", id).field("len", len).field("fd", &fd).finish_non_exhaustive()
     }
 }
 

@@ -11,7 +11,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::memory::{ALIGN_BYTES, Slab, SlabRange, is_forked_child};
+use crate::fork::is_forked_child;
+use crate::memory::{ALIGN_BYTES, Slab, SlabRange};
 use crate::{Device, DeviceError};
 
 /// The largest class that is cut from shared slabs.

@@ -12,7 +12,8 @@ use crate::checker::{self, Race};
 use crate::clock::Clock;
 use crate::cpu::Engine;
 use crate::cuda::{self, Space};
-use crate::memory::{ForeignBytes, Release, Slab, Span, View, is_forked_child};
+use crate::fork::is_forked_child;
+use crate::memory::{ForeignBytes, Release, Slab, Span, View};
 use crate::pool::HostBlock;
 use crate::{Access, Device, DeviceError, Event, Runtime, Stream};
 

@@ -38,7 +38,6 @@ pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
 
 use crate::endpoint::{Endpoint, lock};
-use crate::fork::is_forked_child;
 use crate::frame::Kind;
 use crate::key::{self, Nonce};
 use crate::sim;
@@ -50,6 +49,7 @@ use crate::tls::Tls;
 use crate::{
     CloseCause, Frame, JobKey, Limits, ProtocolError, Route, TransferError, Transport, WorkerInfo, local, tcp,
 };
+use farcall_device::is_forked_child;
 
 /// How often a stopping driver looks whether all goodbyes are taken.
 const GOODBYE_TICK: Duration = Duration::from_millis(1);

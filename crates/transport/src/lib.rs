@@ -18,7 +18,6 @@ mod descriptor;
 mod driver;
 mod endpoint;
 mod error;
-mod fork;
 pub mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
@@ -47,7 +46,7 @@ pub use address::{Limits, Route, WorkerId, WorkerInfo};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
-pub use fork::is_forked_child;
+pub use farcall_device::is_forked_child;
 pub use interface::{InterfaceAddress, InterfaceChoice, InterfaceError, addresses as interface_addresses};
 pub use key::{JobKey, KeyError};
 pub use life::LifeAddress;

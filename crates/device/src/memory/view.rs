@@ -9,7 +9,8 @@ use std::ptr::{self, NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use super::{ForeignBytes, Span, is_forked_child};
+use super::{ForeignBytes, Span};
+use crate::fork::is_forked_child;
 
 /// See the module.
 pub(crate) struct View {

@@ -9,9 +9,9 @@ use rustix::io::Errno;
 use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 
 use super::{Driver, WAKE};
-use crate::fork::Kept;
 use crate::socket::Socket;
 use crate::{TransferError, sim};
+use farcall_device::Kept;
 
 pub(super) enum Engine {
     System(System),

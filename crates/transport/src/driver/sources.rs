@@ -14,11 +14,11 @@ use rustix::io::Errno;
 use super::accept::Greeting;
 use super::{Driver, Turn, WATCH_TICK};
 use crate::endpoint::{Endpoint, lock};
-use crate::fork::Kept;
 use crate::socket::Socket;
 use crate::tcp::{Progress, Wait};
 use crate::tls::Session;
 use crate::{CloseCause, ProtocolError, TransferError};
+use farcall_device::Kept;
 
 /// How long a closed connection is read on, so that the goodbye is not lost to a reset.
 pub(super) const LINGER: Duration = Duration::from_millis(500);
