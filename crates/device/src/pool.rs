@@ -325,6 +325,11 @@ impl HostBlock {
     pub(crate) fn abandon(&self) {
         self.pool.0.retire(self.range().slab());
     }
+
+    /// Whether it, or another block of its slab, was given up.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.range().slab().is_retired()
+    }
 }
 
 impl Drop for HostBlock {

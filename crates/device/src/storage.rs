@@ -588,6 +588,8 @@ impl Drop for Reclaimed {
     fn drop(&mut self) {
         match &mut self.memory {
             _ if is_forked_child() => {}
+            // Somebody out of reach may still read it.
+            Memory::Pooled(block) if block.is_abandoned() => {}
             Memory::Pooled(block) if self.poison => checker::poison(block.bytes_mut(), checker::FREED),
             Memory::Pinned(block) if self.poison => {
                 let len = block.len();
@@ -697,6 +699,21 @@ mod tests {
         assert_eq!(owner.0.load(Ordering::Relaxed), 0);
         drop(storage);
         assert_eq!(owner.0.load(Ordering::Relaxed), 1);
+    }
+
+    /// Not even the checker's poison.
+    #[test]
+    fn snapshot_an_abandoned_storage_is_not_written_any_more() {
+        let runtime = Runtime::new(Config { check: crate::Check::Report, ..Config::default() }).unwrap();
+        let mut bytes = runtime.alloc_host(2 << 20).unwrap();
+        bytes.as_bytes_mut().unwrap().fill(5);
+        let storage = bytes.freeze_ready();
+        let file = storage.slab().unwrap().fd().unwrap().try_clone_to_owned().unwrap();
+        storage.abandon();
+        drop(storage);
+        let mut seen = [0; 64];
+        rustix::io::pread(&file, &mut seen, 0).unwrap();
+        assert_eq!(seen, [5; 64]);
     }
 
     /// What a peer's slab is here: a file, mapped to be read.

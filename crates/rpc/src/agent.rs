@@ -499,6 +499,22 @@ impl To<'_> {
         current.as_ref().and_then(|(endpoint, _)| endpoint.route().cloned())
     }
 
+    /// Tensors of this worker that the other borrows, on that connection.
+    pub fn lent(&self) -> usize {
+        let agent = &self.agent.0;
+        let Some(rank) = agent.rank(&self.target) else { return 0 };
+        let current = lock(&agent.routes()[rank as usize].current);
+        current.as_ref().map_or(0, |(endpoint, _)| endpoint.lent())
+    }
+
+    /// Which way tensors take to the worker, and if not the shortest, why; `None` if it was not called, or did not call, yet.
+    pub fn channel(&self) -> Option<farcall_transport::Channel> {
+        let agent = &self.agent.0;
+        let rank = agent.rank(&self.target)?;
+        let current = lock(&agent.routes()[rank as usize].current);
+        current.as_ref().map(|(endpoint, _)| endpoint.channel())
+    }
+
     fn call_here<F: Function>(&self, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
         let agent = &self.agent.0;
         let named = Announcement { name: F::NAME, signature: F::SIGNATURE };

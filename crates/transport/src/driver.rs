@@ -25,7 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use farcall_device::Runtime;
+use farcall_device::{Runtime, is_forked_child};
 use rustix::event::epoll::EventFlags;
 
 #[cfg(any(test, feature = "fuzzing"))]
@@ -47,9 +47,9 @@ use crate::strangers::Strangers;
 use crate::tls::Session;
 use crate::tls::Tls;
 use crate::{
-    CloseCause, Frame, JobKey, Limits, ProtocolError, Route, TransferError, Transport, WorkerInfo, local, tcp,
+    CloseCause, Frame, JobKey, Limits, NoSlabs, ProtocolError, Route, TransferError, Transport, WorkerInfo, local, shm,
+    tcp,
 };
-use farcall_device::is_forked_child;
 
 /// How often a stopping driver looks whether all goodbyes are taken.
 const GOODBYE_TICK: Duration = Duration::from_millis(1);
@@ -112,6 +112,8 @@ pub struct DriverConfig {
     pub advertise: Option<IpAddr>,
     /// Which sockets are listened on and dialed.
     pub transport: Transport,
+    /// Tensors pass in slabs to workers of the same user on this host, where the system lets them.
+    pub slabs: bool,
     /// Connections over TCP are encrypted, and both sides show certificates.
     pub tls: Option<Tls>,
 }
@@ -119,6 +121,8 @@ pub struct DriverConfig {
 /// See the module.
 pub struct Driver {
     config: DriverConfig,
+    /// Why this worker passes no slabs to anyone.
+    no_slabs: Option<NoSlabs>,
     engine: Engine,
     listeners: Vec<Registration>,
     /// No descriptors were left: no accepting until then.
@@ -205,8 +209,17 @@ impl Driver {
 
     fn with(config: DriverConfig, engine: Engine, listeners: Vec<Registration>) -> Arc<Self> {
         let greetings_max = accept::greetings_max(config.tls.is_some());
+        let no_slabs = if config.slabs {
+            shm::probe().err().map(|reason| NoSlabs::Refused { reason })
+        } else {
+            Some(NoSlabs::Off)
+        };
+        if let Some(NoSlabs::Refused { reason }) = &no_slabs {
+            tracing::warn!(reason, "tensors to workers on this host are copied");
+        }
         Arc::new(Self {
             config,
+            no_slabs,
             started: engine.now(),
             engine,
             listeners,
@@ -298,6 +311,19 @@ impl Driver {
         match &self.config.tls {
             None => Ok(socket),
             Some(never) => match *never {},
+        }
+    }
+
+    /// Why this worker passes no slabs to anyone; `None` if it does.
+    pub(crate) fn no_slabs(&self) -> Option<&NoSlabs> {
+        self.no_slabs.as_ref()
+    }
+
+    /// Has the leader flush the endpoint in its next turn, and take that turn soon. From any thread; it never blocks.
+    pub(crate) fn flush_soon(&self, endpoint: &Arc<Endpoint>) {
+        lock(&self.unflushed).push(Arc::clone(endpoint));
+        if self.sleeping_until_us.load(Ordering::SeqCst) != 0 {
+            self.wake_leader();
         }
     }
 

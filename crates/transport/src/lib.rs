@@ -3,6 +3,7 @@
 //! - [`Driver`]: one per agent. Sockets in one epoll set, led by one thread of a small pool at a time; a caller that
 //!   blocks for a reply drives its own endpoint instead. It accepts, dials, keeps time and runs jobs.
 //! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
+//! - [`Channel`]: how tensors reach a peer: in slabs that both processes map (`shm`), else through sockets.
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
 //! - [`InterfaceChoice`]: which of the host's addresses a worker listens on.
@@ -26,10 +27,12 @@ mod interface;
 mod key;
 mod life;
 mod local;
+mod negotiate;
 #[doc(hidden)]
 pub mod planted;
 mod receive;
 mod repeats;
+mod shm;
 pub mod sim;
 mod socket;
 mod store;
@@ -51,6 +54,7 @@ pub use interface::{InterfaceAddress, InterfaceChoice, InterfaceError, addresses
 pub use key::{JobKey, KeyError};
 pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
+pub use negotiate::{Channel, NoSlabs};
 pub use receive::{Frame, Unanswered};
 #[doc(hidden)]
 pub use repeats::Repeats;

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use farcall_device::Kept;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
@@ -11,7 +12,6 @@ use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 use super::{Driver, WAKE};
 use crate::socket::Socket;
 use crate::{TransferError, sim};
-use farcall_device::Kept;
 
 pub(super) enum Engine {
     System(System),

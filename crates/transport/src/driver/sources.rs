@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use farcall_device::Kept;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
@@ -18,7 +19,6 @@ use crate::socket::Socket;
 use crate::tcp::{Progress, Wait};
 use crate::tls::Session;
 use crate::{CloseCause, ProtocolError, TransferError};
-use farcall_device::Kept;
 
 /// How long a closed connection is read on, so that the goodbye is not lost to a reset.
 pub(super) const LINGER: Duration = Duration::from_millis(500);
