@@ -9,6 +9,7 @@
 //! Invariant M4 (FORK): a forked child has no slab: its copies of the mappings would keep the parent's memory. It is told so.
 #![expect(unsafe_code, reason = "maps memory and hands out slices of it")]
 
+mod copy;
 mod view;
 
 use std::fmt;
@@ -22,6 +23,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+pub use copy::copy;
 pub(crate) use view::View;
 
 use crate::fork::{self, Kept, is_forked_child};
@@ -259,6 +261,15 @@ impl Span {
 
     pub(crate) fn new(start: NonNull<u8>, len: usize) -> Self {
         Self { start, len }
+    }
+
+    /// `len` of the bytes, from `start` on.
+    ///
+    /// # Safety
+    /// They must be bytes of this span.
+    unsafe fn part(self, start: usize, len: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Self { start: unsafe { self.start.add(start) }, len }
     }
 
     /// # Safety

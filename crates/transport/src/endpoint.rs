@@ -527,6 +527,11 @@ impl Endpoint {
         lock(&self.lender).leases()
     }
 
+    /// Whether tensors can be passed to the peer in slabs now.
+    pub fn lends(&self) -> bool {
+        self.has_slabs.load(Ordering::Acquire)
+    }
+
     /// Which way tensors take to the peer, and if not the shortest, why.
     pub fn channel(&self) -> Channel {
         let Some(remote) = self.remote.get() else { return Channel::Sockets(NoSlabs::Connecting) };

@@ -49,11 +49,11 @@ pub struct Staged {
 }
 
 /// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
-/// streams behind their writes. Nothing is waited for.
+/// streams behind their writes. Nothing is waited for. With `slabs`, memory that is in none is copied into one, here and now.
 ///
 /// # Errors
 /// [`DeviceError`] of a device or of memory.
-pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, DeviceError> {
+pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>, slabs: bool) -> Result<Staged, DeviceError> {
     let mut devices = Vec::new();
     if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
         devices.extend(tensors.iter().map(Tensor::device));
@@ -62,6 +62,9 @@ pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, Devi
         let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
         if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
+        } else if slabs && tensor.layout().byte_span().len() as u64 >= LENT_BYTES_MIN {
+            // SNAPSHOT: its owner may write it again once the call was made.
+            *tensor = runtime.in_slab(tensor)?;
         }
     }
     let pending = Fences::of(&tensors);
