@@ -86,7 +86,7 @@ pub use fork::{Kept, is_forked_child};
 pub use future::{DeviceFuture, Fences, OnStreams, Ordered, Promise, Ready, SharedFuture, Storages, join_all};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutError, MAX_RANK};
-pub use memory::{ALIGN_BYTES, Release, Slab, SlabRange, copy};
+pub use memory::{ALIGN_BYTES, DescriptorPermit, Release, Slab, SlabRange, copy};
 pub use pool::{HostBlock, HostPool, PoolStats};
 pub use runtime::{Config, Cuda, Runtime};
 pub use storage::{Storage, StorageMut};

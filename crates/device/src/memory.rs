@@ -9,6 +9,7 @@
 //! Invariant M4 (FORK): a forked child has no slab: its copies of the mappings would keep the parent's memory. It is told so.
 #![expect(unsafe_code, reason = "maps memory and hands out slices of it")]
 
+mod budget;
 mod copy;
 mod view;
 
@@ -23,6 +24,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+pub use budget::DescriptorPermit;
 pub use copy::copy;
 pub(crate) use view::View;
 
@@ -43,7 +45,7 @@ pub struct Slab {
     base: NonNull<u8>,
     len: usize,
     /// Or why other processes cannot map it. A child would keep the memory by it.
-    fd: Result<(Kept, OwnedFd), Errno>,
+    fd: Result<(Kept, OwnedFd, DescriptorPermit), Errno>,
     retired: AtomicBool,
 }
 
@@ -70,7 +72,8 @@ impl Slab {
             other => DeviceError::os(call, other),
         };
         fork::watch();
-        let fd = match create_memfd(len) {
+        let permit = DescriptorPermit::take();
+        let fd = match permit.as_ref().map_or(Err(Errno::MFILE), |_| create_memfd(len)) {
             // A sandbox, or too many descriptors: there is memory all the same.
             Err(errno @ (Errno::PERM | Errno::ACCESS | Errno::NOSYS | Errno::MFILE | Errno::NFILE)) => Err(errno),
             other => Ok(other.map_err(|errno| failed("memfd_create", errno))?),
@@ -89,7 +92,11 @@ impl Slab {
             tracing::debug!(%errno, "a forked child will hold a slab's memory");
         }
         let id = NEXT_SLAB_ID.fetch_add(1, Ordering::Relaxed);
-        let fd = fd.map(|fd| (Kept::new(&fd), fd));
+        let fd = match (fd, permit) {
+            (Ok(fd), Some(permit)) => Ok((Kept::new(&fd), fd, permit)),
+            (Ok(_), None) => Err(Errno::MFILE),
+            (Err(errno), _) => Err(errno),
+        };
         let slab = Arc::new(Self { id, base, len, fd, retired: AtomicBool::new(false) });
         Ok(SlabRange { slab, offset: 0, len })
     }
@@ -112,7 +119,7 @@ impl Slab {
     /// # Errors
     /// Why the memory is this process's alone: the system refused a memfd, or the seals that a peer relies on.
     pub fn fd(&self) -> io::Result<BorrowedFd<'_>> {
-        self.fd.as_ref().map(|(_, fd)| fd.as_fd()).map_err(|errno| (*errno).into())
+        self.fd.as_ref().map(|(_, fd, _)| fd.as_fd()).map_err(|errno| (*errno).into())
     }
 
     /// Takes the slab out of use; `false` if it is already.
@@ -148,7 +155,7 @@ impl Drop for Slab {
 impl fmt::Debug for Slab {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { id, len, fd, .. } = self;
-        let fd = fd.as_ref().map(|(_, fd)| fd);
+        let fd = fd.as_ref().map(|(_, fd, _)| fd);
         f.debug_struct("Slab").field("id", id).field("len", len).field("fd", &fd).finish_non_exhaustive()
     }
 }
@@ -367,7 +374,10 @@ impl Drop for ForeignBytes {
 fn warn_unshared(errno: Errno) {
     static WARNED: AtomicBool = AtomicBool::new(false);
     if !WARNED.swap(true, Ordering::Relaxed) {
-        tracing::warn!(%errno, "memory is not shareable: host tensors are copied to peers on this host");
+        tracing::warn!(
+            %errno,
+            "memory that other processes cannot map: its tensors are copied to peers on this host; for descriptors, raise `ulimit -n`"
+        );
     }
 }
 

@@ -402,6 +402,9 @@ impl Driver {
         // Accepted or dialed while the threads ended; from now on none is added.
         let rest = lock(&self.sources).close();
         close_all(rest);
+        // Endpoints hold the driver: nobody comes to flush those that a late drop of a tensor has left here.
+        let unflushed = std::mem::take(&mut *lock(&self.unflushed));
+        drop(unflushed);
         let service = lock(&self.service).take();
         drop(service);
     }

@@ -35,7 +35,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use farcall_device::{Device, DeviceError, Kept, Release, Slab, Storage, is_forked_child};
+use farcall_device::{DescriptorPermit, Device, DeviceError, Kept, Release, Slab, Storage, is_forked_child};
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -59,10 +59,8 @@ pub(crate) fn probe() -> Result<(), String> {
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
-    /// A child would keep the memory by the file.
-    _kept: Kept,
-    /// For private views.
-    file: OwnedFd,
+    /// For private views, while there are descriptors for them. A child would keep the memory by it.
+    file: Option<(Kept, OwnedFd, DescriptorPermit)>,
 }
 
 // SAFETY: an address range with no thread affinity, which is only read.
@@ -94,7 +92,8 @@ impl Mapping {
         if let Err(errno) = unsafe { rustix::mm::madvise(start.as_ptr().cast(), len, Advice::LinuxDontFork) } {
             tracing::debug!(%errno, "a forked child will hold a peer's slab");
         }
-        Ok(Self { start, len, _kept: Kept::new(&file), file })
+        let file = DescriptorPermit::take().map(|permit| (Kept::new(&file), file, permit));
+        Ok(Self { start, len, file })
     }
 
     /// The bytes from `offset` on as a storage, whose end returns `lease`. The caller has checked that they lie in the mapping.
@@ -142,6 +141,6 @@ impl Release for Borrowed {
     }
 
     fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        Some((self.mapping.file.as_fd(), self.offset))
+        self.mapping.file.as_ref().map(|(_, file, _)| (file.as_fd(), self.offset))
     }
 }
