@@ -10,6 +10,7 @@ mod handlers;
 mod layouts;
 mod order;
 mod sizes;
+mod slabs;
 mod snapshot;
 mod transports;
 mod values;

@@ -175,6 +175,7 @@ pub(crate) fn fork(cx: &Call, key: String) -> Result<(i32, String)> {
     use std::io::{Read, Write};
     let (mut there, mut here) = std::os::unix::net::UnixStream::pair()?;
     let waiting = cx.agent().to("w0").call(hold, (&key,));
+    let tensor = Tensor::from_slice(&[1_u8; 100], &[100])?;
     // SAFETY: the child runs what follows on its only thread, and never returns from here.
     let child = unsafe { libc::fork() };
     if child == 0 {
@@ -186,6 +187,12 @@ pub(crate) fn fork(cx: &Call, key: String) -> Result<(i32, String)> {
         see("call", matches!(cx.agent().to("w0").call(add, (1, 2)).wait(), Err(CallError::ForkedProcess { .. })));
         see("shutdown", matches!(cx.agent().shutdown_blocking(), Err(farcall::JoinError::ForkedProcess)));
         see("join", matches!(Agent::join_blocking(Options::new(0, 1, "")), Err(farcall::JoinError::ForkedProcess)));
+        let forked = |error| matches!(error, farcall::DeviceError::ForkedProcess);
+        see("tensor", tensor.as_slice::<u8>().is_err_and(forked));
+        see("memory", Tensor::from_slice(&[1_u8; 100], &[100]).is_err_and(forked));
+        drop(tensor);
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        see("slabs", !maps.is_empty() && !maps.contains("farcall-slab"));
         cx.agent().abort();
         drop(cx.agent().clone());
         // The parent sees the end of the pipe when this has been written.
@@ -288,6 +295,93 @@ pub(crate) async fn echo_async(x: Tensor) -> Tensor {
 pub(crate) async fn echo_later(x: Tensor) -> Tensor {
     tokio::task::yield_now().await;
     x
+}
+
+static KEPT_TENSORS: Mutex<Vec<(String, Tensor)>> = Mutex::new(Vec::new());
+
+/// Keeps a tensor beyond the call, in place of any other of that key.
+#[farcall::function(name = "test::keep")]
+pub(crate) fn keep(key: String, x: Tensor) {
+    forget::run(key.clone());
+    KEPT_TENSORS.lock().unwrap_or_else(PoisonError::into_inner).push((key, x));
+}
+
+/// The hash of what is kept.
+#[farcall::function(name = "test::kept_hash")]
+pub(crate) fn kept_hash(key: String) -> Result<(usize, u64)> {
+    let kept = KEPT_TENSORS.lock().unwrap_or_else(PoisonError::into_inner);
+    let kept = kept.iter().find(|(name, _)| *name == key).map(|(_, x)| x.clone());
+    hash::run(kept.ok_or_else(|| farcall::Error::msg("nothing is kept under that key"))?)
+}
+
+/// Drops what is kept.
+#[farcall::function(name = "test::forget")]
+pub(crate) fn forget(key: String) {
+    let gone: Vec<_> =
+        KEPT_TENSORS.lock().unwrap_or_else(PoisonError::into_inner).extract_if(.., |(name, _)| *name == key).collect();
+    drop(gone);
+}
+
+fn filled(x: Tensor, value: u8) -> Result<Tensor> {
+    let (shape, storage) = (x.layout().clone(), x.storage().clone());
+    drop(x);
+    let alone = storage.try_unique();
+    let mut bytes = alone.map_err(|_| farcall::Error::msg("somebody else holds the argument"))?;
+    bytes.as_bytes_mut()?.fill(value);
+    Ok(Tensor::from_storage(bytes.freeze_ready(), shape)?)
+}
+
+/// Writes over its argument, in place; gives the hash of what it was, and whether it is what was written.
+#[farcall::function(name = "test::own_and_fill")]
+pub(crate) fn own_and_fill(x: Tensor, value: u8) -> Result<((usize, u64), bool)> {
+    let before = hash::run(x.clone())?;
+    let after = filled(x, value)?;
+    Ok((before, after.as_slice::<u8>()?.iter().all(|byte| *byte == value)))
+}
+
+/// Writes over its argument, in place, and keeps it.
+#[farcall::function(name = "test::own_and_fill_kept")]
+pub(crate) fn own_and_fill_kept(key: String, x: Tensor, value: u8) -> Result<()> {
+    keep::run(key, filled(x, value)?);
+    Ok(())
+}
+
+/// Passes tensors to and from a worker until it is lost; gives how many calls that were, or what was wrong with a tensor.
+#[farcall::function(name = "test::trade")]
+pub(crate) fn trade(cx: &Call, worker: String, seed: u64) -> Result<u64> {
+    let other = cx.to(&worker);
+    let mut kept = std::collections::VecDeque::new();
+    let mut calls = 0;
+    loop {
+        let round = seed + calls;
+        let len = [5000, 100_000, 1 << 20, 3 << 20][(round % 4) as usize];
+        let x = pattern::run(len, round)?;
+        let expected = hash::run(x.clone())?;
+        let Ok(hashed) = other.call(hash, (x,)).wait() else { break };
+        let Ok(made) = other.call(pattern, (len, round)).wait() else { break };
+        calls += 2;
+        if hashed != expected {
+            return Err(farcall::Error::msg(format!("{len} bytes were not what was sent")));
+        }
+        kept.push_back((made, expected));
+        if kept.len() > 6 {
+            kept.pop_front();
+        }
+    }
+    // What came from the dead worker is as it was.
+    for (made, expected) in kept {
+        if hash::run(made)? != expected {
+            return Err(farcall::Error::msg("a tensor changed after its sender's death"));
+        }
+    }
+    Ok(calls)
+}
+
+/// How often a peer's slab is mapped here.
+#[farcall::function(name = "test::mapped_slabs")]
+pub(crate) fn mapped_slabs() -> Result<usize> {
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    Ok(maps.lines().filter(|line| line.contains("r--s") && line.contains("memfd:farcall-slab")).count())
 }
 
 /// Gives tensors back.

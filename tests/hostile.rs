@@ -10,5 +10,6 @@ mod frames;
 mod greeting;
 pub(crate) mod raw;
 mod session;
+mod slabs;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;

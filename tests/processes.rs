@@ -8,4 +8,5 @@ mod leaving;
 mod logs;
 mod memory;
 mod restarts;
+mod slabs;
 pub(crate) mod spawn;

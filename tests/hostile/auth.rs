@@ -304,7 +304,7 @@ fn a_flood_of_half_open_connections_locks_nobody_out() {
 // ---- Unix sockets ----
 
 /// A stranger's connection to a worker's Unix socket.
-fn by_unix(target: &Target) -> std::io::Result<UnixStream> {
+pub(super) fn by_unix(target: &Target) -> std::io::Result<UnixStream> {
     let local = target.agent().workers().next().and_then(|worker| worker.local.clone()).expect("a Unix socket");
     let stream = UnixStream::connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(&*local.name)?)?;
     stream.set_read_timeout(Some(Duration::from_secs(15)))?;

@@ -1,12 +1,15 @@
 //! A peer that writes bytes: frames, descriptors and postcard built by hand, from the tables in the crates' headers.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use farcall::JobKey;
 use farcall::prelude::*;
 use hmac::{Hmac, KeyInit, Mac};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sha2::Sha256;
 
 use crate::functions::add;
@@ -23,6 +26,9 @@ pub(crate) const CLOSE: u8 = 8;
 pub(crate) const OPEN_BULK: u8 = 9;
 pub(crate) const CHUNK: u8 = 10;
 pub(crate) const PING: u8 = 11;
+pub(crate) const SLAB: u8 = 12;
+pub(crate) const RETIRE: u8 = 13;
+pub(crate) const RELEASE: u8 = 14;
 pub(crate) const CHALLENGE: u8 = 20;
 pub(crate) const PROOF: u8 = 21;
 
@@ -99,7 +105,9 @@ pub(crate) struct Descriptor {
     pub(crate) flags: u8,
     pub(crate) device: (u8, u16),
     pub(crate) transfer: u64,
+    pub(crate) offset: u64,
     pub(crate) len: u64,
+    pub(crate) slab: u64,
     pub(crate) shape: Vec<i64>,
     pub(crate) strides: Vec<i64>,
 }
@@ -111,12 +119,18 @@ impl Descriptor {
     /// A contiguous inline tensor on the host.
     pub(crate) fn inline(dtype: u8, shape: &[i64], len: u64) -> Self {
         let shape = shape.to_vec();
-        Self { dtype, mode: 0, flags: 0, device: (0, 0), transfer: 0, len, shape, strides: Vec::new() }
+        let (transfer, offset, slab) = (0, 0, 0);
+        Self { dtype, mode: 0, flags: 0, device: (0, 0), transfer, offset, len, slab, shape, strides: Vec::new() }
     }
 
     /// A vector of bytes on the host that travels on the bulk connection.
     pub(crate) fn bulk(transfer: u64, len: u64) -> Self {
         Self { mode: 1, transfer, ..Self::inline(U8, &[len as i64], len) }
+    }
+
+    /// A vector of bytes on the host that lies in a slab.
+    pub(crate) fn lent(slab: u64, offset: u64, len: u64, lease: u64) -> Self {
+        Self { mode: 2, transfer: lease, offset, slab, ..Self::inline(U8, &[len as i64], len) }
     }
 
     pub(crate) fn strided(mut self, strides: &[i64]) -> Self {
@@ -128,9 +142,10 @@ impl Descriptor {
         let mut bytes = vec![self.dtype, self.shape.len() as u8, self.mode, self.flags, self.device.0, 0];
         bytes.extend(self.device.1.to_le_bytes());
         bytes.extend(self.transfer.to_le_bytes());
-        bytes.extend(0_u64.to_le_bytes()); // offset
+        bytes.extend(self.offset.to_le_bytes());
         bytes.extend(self.len.to_le_bytes());
-        bytes.extend([0; 16]); // slab, digest
+        bytes.extend(self.slab.to_le_bytes());
+        bytes.extend([0; 8]); // digest
         assert_eq!(bytes.len(), 48);
         bytes.extend(self.shape.iter().chain(&self.strides).flat_map(|value| value.to_le_bytes()));
         bytes
@@ -305,6 +320,11 @@ impl RawPeer {
     pub(crate) fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).expect("the port accepts");
         stream.set_nodelay(true).expect("a socket option");
+        Self::on(stream)
+    }
+
+    /// The same on any stream socket.
+    pub(crate) fn on(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).expect("a socket option");
         stream.set_write_timeout(Some(PATIENCE)).expect("a socket option");
         Self { stream }
@@ -312,6 +332,15 @@ impl RawPeer {
 
     pub(crate) fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("the worker reads");
+    }
+
+    /// Sends bytes, and descriptors with the first of them.
+    pub(crate) fn send_with(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
+        let sent = rustix::net::sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL);
+        assert_eq!(sent.expect("the worker reads"), bytes.len());
     }
 
     /// Sends what the worker may refuse to read to its end.

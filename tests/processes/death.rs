@@ -235,7 +235,8 @@ fn a_forked_child_is_refused_and_keeps_no_connection() {
     bounded(|| {
         let (mut processes, agent) = Processes::serving_over_tcp(2);
         let (child, found) = agent.to("w1").call(fork, (unique("fork"),)).wait().expect("a fork");
-        assert_eq!(found, "wait: refused, call: refused, shutdown: refused, join: refused");
+        let calls = "wait: refused, call: refused, shutdown: refused, join: refused";
+        assert_eq!(found, format!("{calls}, tensor: refused, memory: refused, slabs: refused"));
         assert_eq!(agent.to("w1").call(add, (2, 3)).wait().expect("the parent goes on"), 5);
         let told = told_of_death(&mut processes, &agent, 1);
         println!("told within {told:?}");

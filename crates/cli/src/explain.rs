@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use farcall::Channel;
 use farcall::settings::Settings;
-use farcall::transport::{Carriage, Decision, End, Limits, LocalAddress, Transport, Verdict, negotiate};
+use farcall::transport::{
+    Carriage, Decision, End, Limits, LocalAddress, NoSlabs, Transport, Verdict, negotiate, no_slabs,
+};
 use farcall::{Device, Runtime};
 use serde_json::json;
 
@@ -61,7 +63,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<ExitCode, Failure> {
     let settings = Settings::from_env()?;
     let limits = settings.limits().clone();
     let transport = args.transport.unwrap_or_else(|| settings.transport());
-    let decision = args.decide(transport, devices, &limits)?;
+    let decision = args.decide(transport, devices, &limits, no_slabs(settings.slabs()).as_ref())?;
     let notes = notes(&settings, devices)?;
     if args.json {
         println!("{:#}", args.json(&decision, &notes));
@@ -99,7 +101,13 @@ fn notes(settings: &Settings, devices: [Device; 2]) -> Result<Vec<String>, Failu
 }
 
 impl ExplainArgs {
-    fn decide(&self, transport: Transport, [from, to]: [Device; 2], limits: &Limits) -> Result<Decision, Failure> {
+    fn decide(
+        &self,
+        transport: Transport,
+        [from, to]: [Device; 2],
+        limits: &Limits,
+        no_slabs: Option<&NoSlabs>,
+    ) -> Result<Decision, Failure> {
         let here = LocalAddress::new()?;
         let mut there = here.clone();
         if self.other_host {
@@ -109,8 +117,8 @@ impl ExplainArgs {
         } else if self.other_user {
             there.user = here.user.wrapping_add(1);
         }
-        let here = End { local: Some(&here), device: from };
-        let there = End { local: Some(&there), device: to };
+        let here = End { local: Some(&here), device: from, no_slabs };
+        let there = End { local: Some(&there), device: to, no_slabs };
         Ok(negotiate(transport, &here, &there, self.size.0, limits))
     }
 
@@ -136,6 +144,9 @@ impl ExplainArgs {
         }
         steps.push(match (decision.taken(), decision.carriage) {
             (None, _) => "nothing leads there".to_owned(),
+            (Some(channel), Carriage::Slab) => {
+                format!("{channel}: read where it lies, in memory that both processes map")
+            }
             (Some(channel), Carriage::Inline) => {
                 format!("{channel}, in the call's own frame (up to {})", Size(limits.inline_bytes_max))
             }
@@ -166,7 +177,7 @@ impl ExplainArgs {
             })
             .collect();
         let chunks = match decision.carriage {
-            Carriage::Inline => 0,
+            Carriage::Inline | Carriage::Slab => 0,
             Carriage::Bulk { chunks } => chunks,
         };
         let copies: Vec<_> = decision

@@ -102,6 +102,11 @@ pub enum DeviceError {
         /// The storage's device.
         found: Device,
     },
+    /// This process was forked from the one that has the bytes: memory is not inherited.
+    #[error(
+        "this process was forked from the one that has these bytes: use them there, or start processes by spawning"
+    )]
+    ForkedProcess,
     /// A slice was asked of a strided view. Pack it with `tensor.contiguous(&stream)`, or read it with `to_vec`.
     #[error(
         "the tensor of shape {shape:?} with strides {strides:?} is not contiguous: use `contiguous(&stream)` or `to_vec`"

@@ -4,20 +4,31 @@
 //! Invariant M1: a [`SlabRange`] is the only one to reach its bytes. Ranges come from [`Slab::create`] and are only ever split,
 //! so exclusive access follows from ownership; a range is shared by sharing a reference to it.
 //! Invariant M2: a slab is unmapped when its last range and its last handle are gone, never earlier. Ids are never used again.
-//! Invariant M3 (SNAPSHOT): other processes can map a slab, but only to read: it is sealed against their writes where the kernel
-//! can (Linux 5.1).
+//! Invariant M3 (SNAPSHOT): other processes can map a slab, but only to read: a descriptor is given out only of memory that is
+//! sealed against resizing, and against all writes but those of our own mapping (Linux 5.1).
+//! Invariant M4 (FORK): a forked child has no slab: its copies of the mappings would keep the parent's memory. It is told so.
 #![expect(unsafe_code, reason = "maps memory and hands out slices of it")]
 
+mod budget;
+mod copy;
+mod view;
+
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+pub use budget::DescriptorPermit;
+pub use copy::copy;
+pub(crate) use view::View;
+
+use crate::fork::{self, Kept, is_forked_child};
 use crate::{Device, DeviceError};
 
 /// Every storage from a slab starts at a multiple of this: a cache line, and the widest vector register.
@@ -33,7 +44,9 @@ pub struct Slab {
     id: u64,
     base: NonNull<u8>,
     len: usize,
-    fd: Option<OwnedFd>,
+    /// Or why other processes cannot map it. A child would keep the memory by it.
+    fd: Result<(Kept, OwnedFd, DescriptorPermit), Errno>,
+    retired: AtomicBool,
 }
 
 // SAFETY: a slab is an address range with no thread affinity; its bytes are reached only through `SlabRange` (M1).
@@ -44,7 +57,7 @@ unsafe impl Sync for Slab {}
 impl Slab {
     /// Maps `len` bytes of zeros, rounded up to whole pages, and returns the range that covers them all.
     ///
-    /// Where the system refuses memfd (some sandboxes), the memory is anonymous and [`Slab::fd`] is `None`.
+    /// Where the system refuses a memfd or its seals, the memory is this process's alone, and [`Slab::fd`] says why.
     ///
     /// # Errors
     /// [`DeviceError::OutOfMemory`] if the system has no such memory; [`DeviceError::Os`] if it refuses for another reason.
@@ -58,26 +71,34 @@ impl Slab {
             Errno::NOMEM | Errno::NOSPC | Errno::FBIG | Errno::OVERFLOW | Errno::INVAL => out_of_memory(),
             other => DeviceError::os(call, other),
         };
-        let fd = match create_memfd(len) {
-            Ok(fd) => Some(fd),
-            Err(errno @ (Errno::PERM | Errno::ACCESS | Errno::NOSYS)) => {
-                tracing::warn!(%errno, "memfd is refused: host tensors cannot be shared with peers without a copy");
-                None
-            }
-            Err(errno) => return Err(failed("memfd_create", errno)),
+        fork::watch();
+        let permit = DescriptorPermit::take();
+        let fd = match permit.as_ref().map_or(Err(Errno::MFILE), |_| create_memfd(len)) {
+            // A sandbox, or too many descriptors: there is memory all the same.
+            Err(errno @ (Errno::PERM | Errno::ACCESS | Errno::NOSYS | Errno::MFILE | Errno::NFILE)) => Err(errno),
+            other => Ok(other.map_err(|errno| failed("memfd_create", errno))?),
         };
-        let base = map(len, fd.as_ref()).map_err(|errno| failed("mmap", errno))?;
-        if let Some(fd) = &fd {
-            // Our own mapping stays writable; the seals stop resizing (a peer would get SIGBUS) and later writers (M3).
-            let resize = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
-            if rustix::fs::fcntl_add_seals(fd, resize | SealFlags::FUTURE_WRITE).is_err()
-                && let Err(errno) = rustix::fs::fcntl_add_seals(fd, resize)
-            {
-                tracing::debug!(%errno, "a slab could not be sealed");
-            }
+        let base = map(len, fd.as_ref().ok()).map_err(|errno| failed("mmap", errno))?;
+        // Our own mapping stays writable. The seals stop resizing (a reader would get SIGBUS), holes and later writers (M3).
+        let fd = fd.and_then(|fd| {
+            let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL | SealFlags::FUTURE_WRITE;
+            rustix::fs::fcntl_add_seals(&fd, seals).map(|()| fd)
+        });
+        if let Err(errno) = &fd {
+            warn_unshared(*errno);
+        }
+        // SAFETY: our mapping, of which nobody has a reference yet; the advice changes no contents.
+        if let Err(errno) = unsafe { rustix::mm::madvise(base.as_ptr().cast(), len, Advice::LinuxDontFork) } {
+            tracing::debug!(%errno, "a forked child will hold a slab's memory");
         }
         let id = NEXT_SLAB_ID.fetch_add(1, Ordering::Relaxed);
-        Ok(SlabRange { slab: Arc::new(Self { id, base, len, fd }), offset: 0, len })
+        let fd = match (fd, permit) {
+            (Ok(fd), Some(permit)) => Ok((Kept::new(&fd), fd, permit)),
+            (Ok(_), None) => Err(Errno::MFILE),
+            (Err(errno), _) => Err(errno),
+        };
+        let slab = Arc::new(Self { id, base, len, fd, retired: AtomicBool::new(false) });
+        Ok(SlabRange { slab, offset: 0, len })
     }
 
     /// The number that names this slab in this process; no other slab ever has it.
@@ -93,10 +114,22 @@ impl Slab {
         self.len
     }
 
-    /// The memory's descriptor, to be passed to a peer that maps it read-only; `None` for anonymous memory.
-    #[must_use]
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd)
+    /// The memory's descriptor, to be passed to a peer that maps it read-only.
+    ///
+    /// # Errors
+    /// Why the memory is this process's alone: the system refused a memfd, or the seals that a peer relies on.
+    pub fn fd(&self) -> io::Result<BorrowedFd<'_>> {
+        self.fd.as_ref().map(|(_, fd, _)| fd.as_fd()).map_err(|errno| (*errno).into())
+    }
+
+    /// Takes the slab out of use; `false` if it is already.
+    pub(crate) fn retire(&self) -> bool {
+        !self.retired.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether it was retired.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
     }
 
     /// The address of the first byte: for registering the slab with a NIC or a driver.
@@ -108,6 +141,10 @@ impl Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
+        if is_forked_child() {
+            // Not mapped here (M4); something else may be, by now.
+            return;
+        }
         // SAFETY: `base` and `len` are those of our mapping, and no range is left that could reach it (M2).
         if let Err(errno) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) } {
             tracing::error!(%errno, slab = self.id, "munmap failed: the memory leaks");
@@ -118,7 +155,8 @@ impl Drop for Slab {
 impl fmt::Debug for Slab {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { id, len, fd, .. } = self;
-        f.debug_struct("Slab").field("id", id).field("len", len).field("fd", fd).finish_non_exhaustive()
+        let fd = fd.as_ref().map(|(_, fd, _)| fd);
+        f.debug_struct("Slab").field("id", id).field("len", len).field("fd", &fd).finish_non_exhaustive()
     }
 }
 
@@ -203,6 +241,7 @@ impl SlabRange {
     }
 
     fn start(&self) -> NonNull<u8> {
+        assert!(!is_forked_child(), "a forked child has none of its parent's slabs");
         // SAFETY: `offset + len <= slab.len` since creation and through every split.
         unsafe { self.slab.base.add(self.offset) }
     }
@@ -231,6 +270,15 @@ impl Span {
         Self { start, len }
     }
 
+    /// `len` of the bytes, from `start` on.
+    ///
+    /// # Safety
+    /// They must be bytes of this span.
+    unsafe fn part(self, start: usize, len: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Self { start: unsafe { self.start.add(start) }, len }
+    }
+
     /// # Safety
     /// While the slice lives the memory must stay mapped, and nothing may write it.
     pub(crate) unsafe fn bytes<'a>(self) -> &'a [u8] {
@@ -256,6 +304,12 @@ impl From<Span> for crate::cuda::Space {
 pub trait Release: Send + Sync {
     /// Gives the memory back to its owner. Runs on whichever thread dropped last: it must not block and must not panic.
     fn release(&self);
+
+    /// The memory file that holds the bytes, and where in it they start, if a holder that is alone may write a private view of
+    /// it: pages are copied as they are written, and the file never is.
+    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        None
+    }
 }
 
 /// Memory that something else owns: a peer's slab, a NumPy array, another library's tensor. Read-only for us.
@@ -296,11 +350,34 @@ impl ForeignBytes {
     pub(crate) fn as_ptr(&self) -> *const u8 {
         self.start.as_ptr()
     }
+
+    /// A view of the bytes that can be written, in place of the bytes themselves.
+    pub(crate) fn into_view(self) -> Result<View, Self> {
+        let Some((file, offset)) = self.owner.file() else { return Err(self) };
+        match View::map(file, offset, self.len) {
+            Ok(view) => Ok(view.of(self)),
+            Err(errno) => {
+                tracing::debug!(%errno, "no private view of a file");
+                Err(self)
+            }
+        }
+    }
 }
 
 impl Drop for ForeignBytes {
     fn drop(&mut self) {
         self.owner.release();
+    }
+}
+
+/// Once: what refused one memfd refuses the next.
+fn warn_unshared(errno: Errno) {
+    static WARNED: AtomicBool = AtomicBool::new(false);
+    if !WARNED.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            %errno,
+            "memory that other processes cannot map: its tensors are copied to peers on this host; for descriptors, raise `ulimit -n`"
+        );
     }
 }
 
@@ -359,12 +436,41 @@ mod tests {
     fn m3_a_peer_can_map_to_read_and_not_to_write_or_resize() {
         let mut range = Slab::create(4096).unwrap();
         range.bytes_mut()[..5].copy_from_slice(b"hello");
-        let fd = range.slab().fd().expect("memfd works on the machines we test on");
+        let fd = range.slab().fd().unwrap();
         let mut seen = [0; 5];
         rustix::io::pread(fd, &mut seen, 0).unwrap();
         assert_eq!(&seen, b"hello");
         assert!(rustix::io::pwrite(fd, b"x", 0).is_err(), "sealed against writers");
         assert!(rustix::fs::ftruncate(fd, 0).is_err(), "sealed against truncation");
+        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        assert!(rustix::fs::fallocate(fd, punch, 0, 4096).is_err(), "sealed against holes");
+    }
+
+    struct File(OwnedFd);
+
+    impl Release for File {
+        fn release(&self) {}
+
+        fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+            Some((self.0.as_fd(), 5000))
+        }
+    }
+
+    #[test]
+    fn v1_writes_stay_in_a_private_view() {
+        let mut range = Slab::create(8192).unwrap();
+        range.bytes_mut().fill(7);
+        let file = range.slab().fd().unwrap().try_clone_to_owned().unwrap();
+        let start = NonNull::from(&range.bytes()[5000]);
+        // SAFETY: the range outlives both views, and nothing writes it meanwhile.
+        let foreign = || unsafe { ForeignBytes::new(start, 3000, Arc::new(File(file.try_clone().unwrap()))) };
+        for _ in 0..2 {
+            let Ok(mut view) = foreign().into_view() else { panic!("a view of a file") };
+            assert_eq!(view.bytes(), [7; 3000], "the owner's bytes, not an earlier view's");
+            view.bytes_mut().fill(9);
+            assert_eq!(view.bytes(), [9; 3000]);
+            assert!(range.bytes().iter().all(|byte| *byte == 7));
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crate::fork::is_forked_child;
 use crate::memory::{ALIGN_BYTES, Slab, SlabRange};
 use crate::{Device, DeviceError};
 
@@ -89,11 +90,15 @@ impl HostPool {
     /// A block of at least `len` bytes, aligned to 64; its contents are whatever its last user left.
     ///
     /// # Errors
-    /// [`DeviceError::OutOfMemory`] if `len` is above the memory of the cgroup or machine, or the system has none left.
+    /// [`DeviceError::OutOfMemory`] if `len` is above the memory of the cgroup or machine, or the system has none left;
+    /// [`DeviceError::ForkedProcess`].
     /// # Cost
     /// Warm memory: one lock held for a few instructions. Else a slab is mapped; a large one is populated, about 0.4 ms a MiB, up to 64 MiB.
     pub fn alloc(&self, len: usize) -> Result<HostBlock, DeviceError> {
         let out_of_memory = || self.out_of_memory(len);
+        if is_forked_child() {
+            return Err(DeviceError::ForkedProcess);
+        }
         if len > memory_limit_bytes() {
             return Err(out_of_memory());
         }
@@ -149,7 +154,9 @@ impl fmt::Debug for HostPool {
 impl Shared {
     /// A block of a small class, and whether it was used before.
     fn take_small(&self, class: usize) -> Result<(SlabRange, bool), DeviceError> {
-        if let Some(range) = lock(&self.small[class]).pop() {
+        let recycled = lock(&self.small[class]).pop();
+        // One that came back while its slab was retired is dropped here.
+        if let Some(range) = recycled.filter(|range| !range.slab().is_retired()) {
             return Ok((range, true));
         }
         let size = class_bytes(class);
@@ -207,6 +214,9 @@ impl Shared {
 
     fn give_back(&self, class: usize, range: SlabRange) {
         self.counters.live_bytes.fetch_sub(range.len(), Ordering::Relaxed);
+        if range.slab().is_retired() {
+            return;
+        }
         if class < SMALL_CLASSES {
             lock(&self.small[class]).push(range);
             return;
@@ -225,6 +235,21 @@ impl Shared {
             }
         }
         self.unmap(evicted);
+    }
+
+    /// Takes a slab out of use: what of it is free is dropped now, the rest as it comes back, the last one unmaps it. Its bytes
+    /// do not count any more.
+    fn retire(&self, slab: &Arc<Slab>) {
+        if !slab.retire() {
+            return;
+        }
+        let retired = |range: &SlabRange| Arc::ptr_eq(range.slab(), slab);
+        let mut freed: Vec<_> = lock(&self.uncut).take_if(|rest| retired(rest)).into_iter().collect();
+        for list in &self.small {
+            freed.extend(lock(list).extract_if(.., |free| retired(free)));
+        }
+        self.counters.slabs.fetch_sub(1, Ordering::Relaxed);
+        self.counters.mapped_bytes.fetch_sub(slab.len(), Ordering::Relaxed);
     }
 
     fn map(&self, len: usize) -> Result<SlabRange, DeviceError> {
@@ -292,6 +317,18 @@ impl HostBlock {
     #[must_use]
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.range.as_mut().expect("held until dropped").bytes_mut()
+    }
+}
+
+impl HostBlock {
+    /// Gives the block up for ever: something out of reach may still read it. Its slab is taken out of use.
+    pub(crate) fn abandon(&self) {
+        self.pool.0.retire(self.range().slab());
+    }
+
+    /// Whether it, or another block of its slab, was given up.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.range().slab().is_retired()
     }
 }
 
@@ -438,6 +475,27 @@ mod tests {
         assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (0, 0));
         drop(pool.alloc(100).unwrap());
         assert_eq!(pool.stats().slabs, 1, "and works on after it");
+    }
+
+    /// Of a block that something out of reach reads, nothing is handed out again, nor of its slab; which goes with the last block.
+    #[test]
+    fn p1_an_abandoned_block_is_never_used_again() {
+        let pool = HostPool::new(None);
+        for len in [100, 2 * MIB] {
+            let [abandoned, other, free] = [(); 3].map(|()| pool.alloc(len).unwrap());
+            let watch = Arc::downgrade(abandoned.range().slab());
+            drop(free);
+            abandoned.abandon();
+            abandoned.abandon();
+            drop(abandoned);
+            let fresh = pool.alloc(len).unwrap();
+            assert!(!watch.upgrade().is_some_and(|slab| Arc::ptr_eq(&slab, fresh.range().slab())), "{len}");
+            drop(other);
+            assert!(watch.upgrade().is_none(), "{len}: unmapped with its last block");
+            drop(fresh);
+            pool.trim();
+            assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes, pool.stats().live_bytes), (0, 0, 0));
+        }
     }
 
     #[test]

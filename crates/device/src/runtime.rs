@@ -7,7 +7,7 @@ use crate::checker::{self, Race};
 use crate::cpu::Engine;
 use crate::cuda::{self, Context, Driver, Kind, Pool, Unavailable};
 use crate::pool::{HostPool, PoolStats};
-use crate::{Check, CpuMode, Device, DeviceError, StorageMut, Stream, units};
+use crate::{Check, CpuMode, Device, DeviceError, Layout, StorageMut, Stream, Tensor, copy, units};
 
 /// What a [`Runtime`] is made with. The default reads no environment; [`Config::from_env`] does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -261,6 +261,31 @@ impl Runtime {
     /// [`DeviceError::OutOfMemory`].
     pub fn alloc_host(&self, len: usize) -> Result<StorageMut, DeviceError> {
         self.alloc(Device::HOST, len)
+    }
+
+    /// The tensor in a slab of this runtime, or of another one of this process: what a peer on this host can be lent. Itself if it
+    /// is there; else, for a dense or broadcast tensor on the host, a copy, made now if the bytes are written, and behind their
+    /// write if not. Else itself, too: it must be packed first.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`], or the failure of the work that writes the bytes.
+    /// # Cost
+    /// One pass over the bytes: see [`copy`](crate::copy).
+    pub fn in_slab(&self, tensor: &Tensor) -> Result<Tensor, DeviceError> {
+        let (storage, layout) = (tensor.storage(), tensor.layout());
+        let is_shared = storage.slab().is_some_and(|slab| slab.fd().is_ok());
+        if is_shared || storage.device() != Device::HOST || !layout.is_dense_or_broadcast() || layout.numel() == 0 {
+            return Ok(tensor.clone());
+        }
+        let source = match storage.as_bytes() {
+            Ok(bytes) => &bytes[layout.byte_span()],
+            Err(DeviceError::NotReady { .. }) => return self.stream(Device::HOST)?.pack(tensor, Device::HOST),
+            Err(error) => return Err(error),
+        };
+        let mut target = self.alloc_host(source.len())?;
+        copy(target.as_bytes_mut()?, source);
+        let layout = Layout::strided(layout.dtype(), layout.shape(), layout.strides(), 0)?;
+        Tensor::from_storage(target.freeze_ready(), layout)
     }
 
     /// Host memory that CUDA devices copy from and to without the host's help; without such a device, as [`Runtime::alloc_host`].

@@ -12,7 +12,8 @@ use crate::checker::{self, Race};
 use crate::clock::Clock;
 use crate::cpu::Engine;
 use crate::cuda::{self, Space};
-use crate::memory::{ForeignBytes, Release, Slab, Span};
+use crate::fork::is_forked_child;
+use crate::memory::{ForeignBytes, Release, Slab, Span, View};
 use crate::pool::HostBlock;
 use crate::{Access, Device, DeviceError, Event, Runtime, Stream};
 
@@ -86,6 +87,8 @@ enum Memory {
     /// Host memory that CUDA devices copy from and to by themselves.
     Pinned(cuda::Block),
     Foreign(ForeignBytes),
+    /// In place of foreign memory, for who is alone with it and writes it.
+    View(View),
 }
 
 impl StorageMut {
@@ -259,7 +262,7 @@ impl Storage {
     pub fn slab(&self) -> Option<&Arc<Slab>> {
         match &self.0.memory {
             Memory::Pooled(block) => Some(block.range().slab()),
-            Memory::Empty | Memory::Foreign(_) | Memory::Cuda(_) | Memory::Pinned(_) => None,
+            Memory::Empty | Memory::Foreign(_) | Memory::View(_) | Memory::Cuda(_) | Memory::Pinned(_) => None,
         }
     }
 
@@ -274,7 +277,7 @@ impl Storage {
     pub fn slab_offset(&self) -> usize {
         match &self.0.memory {
             Memory::Pooled(block) => block.range().offset(),
-            Memory::Empty | Memory::Foreign(_) | Memory::Cuda(_) | Memory::Pinned(_) => 0,
+            Memory::Empty | Memory::Foreign(_) | Memory::View(_) | Memory::Cuda(_) | Memory::Pinned(_) => 0,
         }
     }
 
@@ -288,6 +291,17 @@ impl Storage {
             Memory::Pooled(block) => block.range().bytes().as_ptr(),
             Memory::Cuda(block) | Memory::Pinned(block) => block.address() as *const u8,
             Memory::Foreign(foreign) => foreign.as_ptr(),
+            Memory::View(view) => view.as_ptr(),
+        }
+    }
+
+    /// Gives this process's part of the memory up: who reads it is out of reach, so it is never written again, and its slab is
+    /// unmapped once nothing here uses it.
+    ///
+    /// For a peer on this host that was lost, but may live: what it holds stays as it is.
+    pub fn abandon(&self) {
+        if let Memory::Pooled(block) = &self.0.memory {
+            block.abandon();
         }
     }
 
@@ -363,13 +377,23 @@ impl Storage {
 
     /// The storage for writing again, if no one else holds it. Pending reads keep their fences: streams wait for them.
     ///
+    /// Of a peer's slab it is a private view, whose pages are copied as they are written: the peer's stay as they are.
+    ///
     /// # Errors
-    /// The storage itself, if it is shared or its memory is foreign.
+    /// The storage itself, if it is shared, or if its memory is foreign and not a file's.
     pub fn try_unique(self) -> Result<StorageMut, Self> {
-        if matches!(self.0.memory, Memory::Foreign(_)) {
-            return Err(self);
+        let mut bytes = Arc::try_unwrap(self.0).map_err(Self)?;
+        match std::mem::replace(&mut bytes.memory, Memory::Empty) {
+            Memory::Foreign(foreign) => match foreign.into_view() {
+                Ok(view) => bytes.memory = Memory::View(view),
+                Err(foreign) => {
+                    bytes.memory = Memory::Foreign(foreign);
+                    return Err(Self(Arc::new(bytes)));
+                }
+            },
+            own => bytes.memory = own,
         }
-        Arc::try_unwrap(self.0).map(StorageMut).map_err(Self)
+        Ok(StorageMut(bytes))
     }
 
     /// The bytes of a host storage. It neither waits nor has work run: await the value first, or ask [`Storage::is_ready`].
@@ -403,6 +427,7 @@ impl Bytes {
     }
 
     fn device_bytes(&self) -> Result<&[u8], DeviceError> {
+        expect_parent()?;
         match &self.memory {
             Memory::Empty => Ok(&[]),
             Memory::Pooled(block) => Ok(&block.range().bytes()[..self.len]),
@@ -413,20 +438,24 @@ impl Bytes {
                 self.host()?;
                 Ok(if foreign.len() == 0 { &[] } else { foreign.bytes() })
             }
+            Memory::View(view) => Ok(view.bytes()),
         }
     }
 
     fn device_bytes_mut(&mut self) -> Result<&mut [u8], DeviceError> {
+        expect_parent()?;
         match &mut self.memory {
             Memory::Empty => Ok(&mut []),
             Memory::Pooled(block) => Ok(&mut block.bytes_mut()[..self.len]),
             Memory::Cuda(_) => Err(DeviceError::NotHost { device: self.device }),
             Memory::Pinned(block) => Ok(block.host_bytes_mut(self.len)),
             Memory::Foreign(_) => Err(DeviceError::Unsupported { what: "writing foreign memory", device: self.device }),
+            Memory::View(view) => Ok(view.bytes_mut()),
         }
     }
 
     fn span(&self) -> Result<Span, DeviceError> {
+        expect_parent()?;
         match &self.memory {
             Memory::Empty => Ok(Span::EMPTY),
             Memory::Pooled(block) => Ok(block.range().span(self.len)),
@@ -436,6 +465,7 @@ impl Bytes {
                 self.host()?;
                 Ok(foreign.span())
             }
+            Memory::View(view) => Ok(view.span()),
         }
     }
 
@@ -443,7 +473,7 @@ impl Bytes {
         match self.memory {
             Memory::Cuda(_) => true,
             Memory::Foreign(_) => !self.device.is_host(),
-            Memory::Empty | Memory::Pooled(_) | Memory::Pinned(_) => false,
+            Memory::Empty | Memory::Pooled(_) | Memory::Pinned(_) | Memory::View(_) => false,
         }
     }
 
@@ -454,7 +484,7 @@ impl Bytes {
             Memory::Pooled(_) if !self.device.is_host() => {
                 Err(DeviceError::Unsupported { what: "a copy between real and emulated devices", device: self.device })
             }
-            Memory::Empty | Memory::Pooled(_) | Memory::Foreign(_) => Ok(self.span()?.into()),
+            Memory::Empty | Memory::Pooled(_) | Memory::Foreign(_) | Memory::View(_) => Ok(self.span()?.into()),
         }
     }
 
@@ -500,9 +530,15 @@ impl Bytes {
             Memory::Pooled(block) => block,
             Memory::Cuda(block) | Memory::Pinned(block) => block,
             Memory::Foreign(_) => &"foreign",
+            Memory::View(view) => view,
         };
         write!(f, "{name}({} bytes on {}, {place:?}, {:?})", self.len, self.device, self.written)
     }
+}
+
+/// FORK: a child has the names of its parent's memory, not the memory.
+fn expect_parent() -> Result<(), DeviceError> {
+    if is_forked_child() { Err(DeviceError::ForkedProcess) } else { Ok(()) }
 }
 
 impl Drop for Bytes {
@@ -551,6 +587,9 @@ struct Reclaimed {
 impl Drop for Reclaimed {
     fn drop(&mut self) {
         match &mut self.memory {
+            _ if is_forked_child() => {}
+            // Somebody out of reach may still read it.
+            Memory::Pooled(block) if block.is_abandoned() => {}
             Memory::Pooled(block) if self.poison => checker::poison(block.bytes_mut(), checker::FREED),
             Memory::Pinned(block) if self.poison => {
                 let len = block.len();
@@ -660,6 +699,61 @@ mod tests {
         assert_eq!(owner.0.load(Ordering::Relaxed), 0);
         drop(storage);
         assert_eq!(owner.0.load(Ordering::Relaxed), 1);
+    }
+
+    /// Not even the checker's poison.
+    #[test]
+    fn snapshot_an_abandoned_storage_is_not_written_any_more() {
+        let runtime = Runtime::new(Config { check: crate::Check::Report, ..Config::default() }).unwrap();
+        let mut bytes = runtime.alloc_host(2 << 20).unwrap();
+        bytes.as_bytes_mut().unwrap().fill(5);
+        let storage = bytes.freeze_ready();
+        let file = storage.slab().unwrap().fd().unwrap().try_clone_to_owned().unwrap();
+        storage.abandon();
+        drop(storage);
+        let mut seen = [0; 64];
+        rustix::io::pread(&file, &mut seen, 0).unwrap();
+        assert_eq!(seen, [5; 64]);
+    }
+
+    /// What a peer's slab is here: a file, mapped to be read.
+    struct Lent(std::os::fd::OwnedFd, AtomicUsize);
+
+    impl Release for Lent {
+        fn release(&self) {
+            self.1.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn file(&self) -> Option<(std::os::fd::BorrowedFd<'_>, u64)> {
+            use std::os::fd::AsFd;
+            Some((self.0.as_fd(), 0))
+        }
+    }
+
+    /// Written in place, given back, received again at the same offset: each time the owner's bytes.
+    #[test]
+    #[expect(unsafe_code, reason = "wraps a slab as a peer would")]
+    fn snapshot_a_borrower_writes_its_own_view_for_one_borrow() {
+        let mut slab = Slab::create(4096).unwrap();
+        slab.bytes_mut().fill(3);
+        let file = slab.slab().fd().unwrap().try_clone_to_owned().unwrap();
+        let owner = Arc::new(Lent(file, AtomicUsize::new(0)));
+        for round in 0..3 {
+            let start = NonNull::from(&slab.bytes()[0]);
+            // SAFETY: the slab outlives the storage, and nothing writes it.
+            let storage = unsafe { Storage::external(start, 4096, Device::HOST, owner.clone()) };
+            let clone = storage.clone();
+            let storage = storage.try_unique().expect_err("a clone is held");
+            drop(clone);
+            let mut bytes = storage.try_unique().expect("alone");
+            assert_eq!(bytes.as_bytes_mut().unwrap(), [3; 4096]);
+            bytes.as_bytes_mut().unwrap().fill(9);
+            let written = bytes.freeze_ready();
+            assert_eq!((written.as_bytes().unwrap(), slab.bytes()), (&[9; 4096][..], &[3; 4096][..]));
+            assert_eq!(owner.1.load(Ordering::Relaxed), round, "the view borrows the rest of its pages");
+            drop(written);
+            assert_eq!(owner.1.load(Ordering::Relaxed), round + 1);
+        }
     }
 
     #[test]

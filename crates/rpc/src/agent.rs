@@ -13,8 +13,8 @@ use farcall_device::{Device, Runtime};
 use farcall_schema::{FromValue, Kwargs, Value};
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
-    Channel, CloseCause, Decision, Driver, Endpoint, Job, JobCost, Peer, Service, TransferError, WorkerId, WorkerInfo,
-    is_forked_child,
+    Channel, CloseCause, Decision, Driver, Endpoint, Job, JobCost, LENT_BYTES_MIN, NoSlabs, Passing, Peer, Service,
+    TransferError, WorkerId, WorkerInfo, is_forked_child,
 };
 use serde::Serialize;
 use tokio::runtime::{EnterGuard, Handle};
@@ -644,6 +644,22 @@ impl To<'_> {
         current.as_ref().and_then(|(endpoint, _)| endpoint.route().cloned())
     }
 
+    /// Tensors of this worker that the other borrows, on that connection.
+    pub fn lent(&self) -> usize {
+        let agent = &self.agent.0;
+        let Some(rank) = agent.rank(&self.target) else { return 0 };
+        let current = lock(&agent.routes()[rank as usize].current);
+        current.as_ref().map_or(0, |(endpoint, _)| endpoint.lent())
+    }
+
+    /// How tensors pass to the worker, and if not in slabs, why; `None` if it was not called, or did not call, yet.
+    pub fn passing(&self) -> Option<Passing> {
+        let agent = &self.agent.0;
+        let rank = agent.rank(&self.target)?;
+        let current = lock(&agent.routes()[rank as usize].current);
+        current.as_ref().map(|(endpoint, _)| endpoint.passing())
+    }
+
     /// Which channel takes a tensor of `bytes` on a device here to one of the worker's (in this order), and why each other one
     /// does not; `None` if there is no such worker. Nothing is dialed for it.
     pub fn explain(&self, devices: [Device; 2], bytes: u64) -> Option<Decision> {
@@ -656,8 +672,14 @@ impl To<'_> {
     /// The channel that a host tensor of `bytes` takes to the worker: of the connection that this agent has dialed, even if it
     /// had to fall back to it; else, the one it would dial.
     pub fn channel(&self, bytes: u64) -> Option<Channel> {
-        let dialed = self.dialed().map(|route| route.channel());
-        dialed.or_else(|| self.explain([Device::HOST; 2], bytes)?.taken())
+        let decided = || self.explain([Device::HOST; 2], bytes)?.taken();
+        match (self.passing(), self.dialed()) {
+            (Some(Passing::Sockets(NoSlabs::Connecting)), _) | (None, _) => decided(),
+            (Some(Passing::Slabs), _) if bytes >= LENT_BYTES_MIN => Some(Channel::Shm),
+            (_, Some(route)) => Some(route.channel()),
+            // It dialed this worker, by the same rules.
+            (_, None) => decided(),
+        }
     }
 
     fn call_here(&self, callee: Callee, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {

@@ -65,6 +65,8 @@ pub struct Options {
     pub advertise: Option<IpAddr>,
     /// Which sockets are used. Default: Unix sockets between workers of one user on one host, else TCP.
     pub transport: Transport,
+    /// Whether tensors pass in shared memory to workers of the same user on this host, where the system lets them. Default: yes.
+    pub slabs: bool,
     /// A certificate for connections over TCP, which then are encrypted: all workers of the job have one of the same CA.
     /// Only in builds with the feature `tls`. The store has no TLS: beyond loopback it needs a `key`, too.
     pub tls: Option<Tls>,
@@ -114,6 +116,7 @@ impl Options {
             ports: None,
             advertise: None,
             transport: Transport::default(),
+            slabs: true,
             tls: None,
             key: None,
             deadline: Duration::from_secs(60),
@@ -277,6 +280,7 @@ impl Agent {
             key: options.key.clone(),
             advertise,
             transport: options.transport,
+            slabs: options.slabs,
             tls: options.tls.clone(),
         };
         let driver = bind(&config, ports)?;

@@ -181,7 +181,7 @@ impl Link {
         encoded: Encoded,
     ) {
         let Encoded { metadata, tensors } = encoded;
-        let mut staged = match stage(&endpoint.driver().config().runtime, tensors) {
+        let mut staged = match stage(&endpoint.driver().config().runtime, tensors, endpoint.lends()) {
             Ok(staged) => staged,
             Err(error) => {
                 slot.complete(Err(error.into()));
@@ -577,7 +577,7 @@ impl ReplyTo {
                 return self.send_failure(&failure, turn);
             }
         };
-        match stage(&self.endpoint.driver().config().runtime, tensors) {
+        match stage(&self.endpoint.driver().config().runtime, tensors, self.endpoint.lends()) {
             Ok(staged) if staged.pending.is_empty() => self.send_value(&metadata, &staged, turn),
             Ok(mut staged) => {
                 let pending = std::mem::take(&mut staged.pending);

@@ -277,6 +277,12 @@ impl Settings {
         self.draft.options.transport
     }
 
+    /// Whether tensors pass in shared memory, where they can.
+    #[must_use]
+    pub fn slabs(&self) -> bool {
+        self.draft.options.slabs
+    }
+
     /// Bounds on what peers may send.
     #[must_use]
     pub fn limits(&self) -> &Limits {

@@ -68,6 +68,7 @@ impl Agent {
                 key: options.key.clone(),
                 advertise: None,
                 transport: options.transport,
+                slabs: false,
                 tls: None,
             },
             host,

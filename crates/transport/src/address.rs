@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::auth::{Dialer, Realm};
 use crate::endpoint::encoded;
 use crate::error::AuthError;
-use crate::frame::{FEATURES, VERSION};
+use crate::frame::VERSION;
 use crate::key::Nonce;
 use crate::{Channel, CloseCause, DriverConfig, LocalAddress};
 
@@ -94,6 +94,10 @@ pub struct Limits {
     /// Tensor bytes of one peer's requests that are not answered, unless it is a single request. More wait at the caller.
     /// Default 4 GiB.
     pub request_bytes_max: u64,
+    /// Slabs of one peer on this host that are mapped. Tensors in more are copied. Default 1,024.
+    pub slabs_max: usize,
+    /// Their bytes: a bound of address space, and of what a peer can borrow. Default 256 GiB.
+    pub slab_bytes_max: u64,
     /// Bytes that wait to be taken by one peer, beside tensors: with more, it is lost if it takes nothing for as long as it may be
     /// silent. Default 64 MiB.
     pub backlog_bytes_max: usize,
@@ -110,6 +114,8 @@ impl Default for Limits {
             chunk_bytes_max: 4 << 20,
             requests_max: 4096,
             request_bytes_max: 4 << 30,
+            slabs_max: 1024,
+            slab_bytes_max: 256 << 30,
             backlog_bytes_max: 64 << 20,
         }
     }
@@ -139,7 +145,7 @@ pub(crate) struct Hello {
     pub(crate) role: Role,
     /// The framing versions the dialer speaks, oldest and newest. Greetings themselves keep version 1's framing.
     pub(crate) versions: [u8; 2],
-    /// What the dialer can do beyond them, a bit each; none is defined yet.
+    /// What the dialer can do beyond them on this connection, a bit each.
     pub(crate) features: u64,
     /// Fresh; present when the dialer has a job key.
     pub(crate) nonce: Option<Nonce>,
@@ -151,11 +157,12 @@ impl Hello {
         config: &DriverConfig,
         role: Role,
         peer: String,
+        features: u64,
         fresh: impl FnOnce() -> io::Result<Nonce>,
     ) -> io::Result<(Vec<u8>, Option<Dialer>)> {
         let (group, worker) = (config.group.clone(), config.worker.clone());
         let nonce = config.key.as_ref().map(|_| fresh()).transpose()?;
-        let hello = encoded(&Self { group, worker, role, versions: [VERSION; 2], features: FEATURES, nonce });
+        let hello = encoded(&Self { group, worker, role, versions: [VERSION; 2], features, nonce });
         let dialer = config.key.as_ref().map(|key| Dialer::new(key, Realm::Worker, &hello, peer));
         Ok((hello, dialer))
     }

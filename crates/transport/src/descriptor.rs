@@ -4,12 +4,12 @@
 //! Invariant W1: 48 bytes plus `rank` × i64 shape, plus `rank` × i64 strides when flagged; golden vectors below.
 //!
 //! ```text
-//!  0 dtype u8   1 rank u8   2 mode u8 (0 inline, 1 bulk)   3 flags u8 (bit 0: strides follow)
+//!  0 dtype u8   1 rank u8   2 mode u8 (0 inline, 1 bulk, 2 slab)   3 flags u8 (bit 0: strides follow)
 //!  4 device kind u8   5 zero u8   6 device index u16
-//!  8 transfer u64   bulk: the id its chunks carry
-//! 16 offset   u64   reserved for shared slabs, must be 0
+//!  8 transfer u64   bulk: the id its chunks carry; slab: the lease, which its release names
+//! 16 offset   u64   slab: where in it the bytes start; else 0
 //! 24 len      u64   bytes that travel
-//! 32 slab     u64   reserved for shared slabs, must be 0
+//! 32 slab     u64   slab: its id, never 0 and never used for another; else 0
 //! 40 digest   u64   reserved, must be 0
 //! ```
 
@@ -50,6 +50,16 @@ pub(crate) enum Mode {
     Inline,
     /// In chunks on the bulk connection, under this transfer id.
     Bulk(u64),
+    /// Not at all: they lie in a slab that the target has mapped.
+    Slab(Place),
+}
+
+/// Where in a slab a tensor lies, and under which lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) slab: u64,
+    pub(crate) offset: u64,
+    pub(crate) lease: u64,
 }
 
 /// One tensor of a frame: its placement, and the bytes it will need.
@@ -70,9 +80,10 @@ impl Descriptor {
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
         let strides = !self.layout.is_contiguous();
-        let (mode, transfer) = match self.mode {
-            Mode::Inline => (0, 0),
-            Mode::Bulk(transfer) => (1, transfer),
+        let (mode, transfer, offset, slab) = match self.mode {
+            Mode::Inline => (0, 0, 0, 0),
+            Mode::Bulk(transfer) => (1, transfer, 0, 0),
+            Mode::Slab(Place { slab, offset, lease }) => (2, lease, offset, slab),
         };
         let fixed = Fixed {
             dtype: self.layout.dtype().code(),
@@ -83,9 +94,9 @@ impl Descriptor {
             zero: 0,
             device_index: self.device.index(),
             transfer,
-            offset: 0,
+            offset,
             len: self.len_bytes,
-            slab: 0,
+            slab,
             digest: 0,
         };
         out.extend_from_slice(bytemuck::bytes_of(&fixed));
@@ -111,9 +122,8 @@ impl Descriptor {
         limit("bytes of one tensor", fixed.len, limits.tensor_bytes_max)?;
         if fixed.flags & !HAS_STRIDES != 0
             || fixed.zero != 0
-            || fixed.offset != 0
-            || fixed.slab != 0
             || fixed.digest != 0
+            || (fixed.mode != 2 && (fixed.offset != 0 || fixed.slab != 0))
         {
             return Err(ProtocolError::ReservedDescriptorBits);
         }
@@ -122,8 +132,9 @@ impl Descriptor {
         let mode = match (fixed.mode, fixed.transfer) {
             (0, 0) => Mode::Inline,
             // Nothing to wait for would be waited for.
-            (1, _) if fixed.len == 0 => return Err(ProtocolError::Mode { found: 1 }),
+            (mode @ (1 | 2), _) if fixed.len == 0 => return Err(ProtocolError::Mode { found: mode }),
             (1, transfer) => Mode::Bulk(transfer),
+            (2, lease) => Mode::Slab(Place { slab: fixed.slab, offset: fixed.offset, lease }),
             (mode, _) => return Err(ProtocolError::Mode { found: mode }),
         };
         let mut dims = [0_usize; MAX_RANK];
@@ -210,6 +221,14 @@ mod tests {
         expected.extend([1, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(wire(&transposed), expected);
         assert_eq!(read(&expected), Ok(transposed));
+
+        let lent = Descriptor { mode: Mode::Slab(Place { slab: 5, offset: 0x1_0040, lease: 6 }), ..matrix() };
+        let mut expected = vec![11, 2, 2, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 0x40, 0, 1, 0, 0, 0, 0, 0];
+        expected.extend([24, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
+        expected.extend([0; 8]);
+        expected.extend([2, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(wire(&lent), expected);
+        assert_eq!(read(&expected), Ok(lent));
     }
 
     /// Strides do not travel without elements; the peer must be able to make up its own.

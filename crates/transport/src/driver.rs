@@ -25,7 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use farcall_device::{Device, Runtime};
+use farcall_device::{Device, Runtime, is_forked_child};
 use rustix::event::epoll::EventFlags;
 
 #[cfg(any(test, feature = "fuzzing"))]
@@ -38,7 +38,6 @@ pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
 
 use crate::endpoint::{Endpoint, lock};
-use crate::fork::is_forked_child;
 use crate::frame::Kind;
 use crate::key::{self, Nonce};
 use crate::negotiate::negotiate;
@@ -49,8 +48,8 @@ use crate::strangers::Strangers;
 use crate::tls::Session;
 use crate::tls::Tls;
 use crate::{
-    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, ProtocolError, Route, TransferError, Transport,
-    WorkerInfo, local, tcp,
+    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, NoSlabs, ProtocolError, Route, TransferError, Transport,
+    WorkerInfo, local, shm, tcp,
 };
 
 /// How often a stopping driver looks whether all goodbyes are taken.
@@ -114,6 +113,8 @@ pub struct DriverConfig {
     pub advertise: Option<IpAddr>,
     /// Which sockets are listened on and dialed.
     pub transport: Transport,
+    /// Tensors pass in slabs to workers of the same user on this host, where the system lets them.
+    pub slabs: bool,
     /// Connections over TCP are encrypted, and both sides show certificates.
     pub tls: Option<Tls>,
 }
@@ -121,6 +122,8 @@ pub struct DriverConfig {
 /// See the module.
 pub struct Driver {
     config: DriverConfig,
+    /// Why this worker passes no slabs to anyone.
+    no_slabs: Option<NoSlabs>,
     engine: Engine,
     listeners: Vec<Registration>,
     /// No descriptors were left: no accepting until then.
@@ -207,8 +210,13 @@ impl Driver {
 
     fn with(config: DriverConfig, engine: Engine, listeners: Vec<Registration>) -> Arc<Self> {
         let greetings_max = accept::greetings_max(config.tls.is_some());
+        let no_slabs = shm::no_slabs(config.slabs);
+        if let Some(NoSlabs::Refused { reason }) = &no_slabs {
+            tracing::warn!(reason, "tensors to workers on this host are copied");
+        }
         Arc::new(Self {
             config,
+            no_slabs,
             started: engine.now(),
             engine,
             listeners,
@@ -303,6 +311,19 @@ impl Driver {
         }
     }
 
+    /// Why this worker passes no slabs to anyone; `None` if it does.
+    pub(crate) fn no_slabs(&self) -> Option<&NoSlabs> {
+        self.no_slabs.as_ref()
+    }
+
+    /// Has the leader flush the endpoint in its next turn, and take that turn soon. From any thread; it never blocks.
+    pub(crate) fn flush_soon(&self, endpoint: &Arc<Endpoint>) {
+        lock(&self.unflushed).push(Arc::clone(endpoint));
+        if self.sleeping_until_us.load(Ordering::SeqCst) != 0 {
+            self.wake_leader();
+        }
+    }
+
     /// How often TCP was dialed because a Unix socket that should have led there did not.
     pub fn unix_fallbacks(&self) -> u64 {
         self.fallbacks.load(Ordering::Relaxed)
@@ -311,8 +332,8 @@ impl Driver {
     /// Which channel takes `bytes` of a device here to one of `target`'s (in this order), and why the others do not.
     pub fn decide(&self, target: &WorkerInfo, [here, there]: [Device; 2], bytes: u64) -> Decision {
         let DriverConfig { worker, transport, limits, .. } = &self.config;
-        let here = End { local: worker.local.as_ref(), device: here };
-        let there = End { local: target.local.as_ref(), device: there };
+        let here = End { local: worker.local.as_ref(), device: here, no_slabs: self.no_slabs() };
+        let there = End { local: target.local.as_ref(), device: there, no_slabs: None };
         negotiate(*transport, &here, &there, bytes, limits)
     }
 
@@ -383,6 +404,9 @@ impl Driver {
         // Accepted or dialed while the threads ended; from now on none is added.
         let rest = lock(&self.sources).close();
         close_all(rest);
+        // Endpoints hold the driver: nobody comes to flush those that a late drop of a tensor has left here.
+        let unflushed = std::mem::take(&mut *lock(&self.unflushed));
+        drop(unflushed);
         let service = lock(&self.service).take();
         drop(service);
     }

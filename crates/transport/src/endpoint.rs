@@ -18,6 +18,7 @@
 mod bulk;
 mod encode;
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -26,6 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use farcall_device::{Slab, Storage};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
@@ -37,13 +39,16 @@ use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
 use crate::auth::{Acceptor, Dialer};
 use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
-use crate::frame::{FEATURES, HEADER_BYTES, Header, Kind, VERSION};
+use crate::frame::{FEATURE_SLABS, HEADER_BYTES, Header, Kind, VERSION};
 use crate::planted::{self, Bug};
 use crate::receive::{Received, Receiver, Transfers};
+use crate::shm::{Borrower, Lender, Returns};
 use crate::sim::Census;
 use crate::socket::Socket;
 use crate::tcp::{self, Progress, Wait};
-use crate::{CloseCause, Frame, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life};
+use crate::{
+    CloseCause, Frame, NoSlabs, Passing, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life, passing, shm,
+};
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
@@ -72,6 +77,8 @@ struct Tx {
     next_transfer: u64,
     /// Interned functions announced on this connection, by id.
     announced: Vec<bool>,
+    /// Slabs to pass, and where, counted like `taken`, the frames start that their descriptors go with.
+    passing: VecDeque<(u64, Arc<Slab>)>,
 }
 
 /// The control path to one peer; see the module.
@@ -88,6 +95,12 @@ pub struct Endpoint {
     bulk: Mutex<Bulk>,
     bulk_rx: Mutex<BulkRx>,
     transfers: Mutex<Transfers>,
+    /// This side would pass slabs, and take the peer's.
+    offers_slabs: bool,
+    /// The peer, too.
+    has_slabs: AtomicBool,
+    lender: Mutex<Lender>,
+    returns: Arc<Returns>,
     bulk_stalled: AtomicBool,
     /// The last heartbeat of this side before bytes of the peer came.
     heard: AtomicU32,
@@ -157,6 +170,7 @@ impl Endpoint {
         key: u128,
     ) -> Result<Self, TransferError> {
         let limits = driver.config().limits.clone();
+        let offers_slabs = driver.no_slabs().is_none() && socket.is_unix();
         // Before its welcome nobody is given memory.
         let limits = if dialed.is_some() { limits.of_greeting() } else { limits };
         Ok(Self {
@@ -173,6 +187,7 @@ impl Endpoint {
                 answers: VecDeque::new(),
                 next_transfer: 1,
                 announced: Vec::new(),
+                passing: VecDeque::new(),
             }),
             bulk: Mutex::new(Bulk {
                 link: BulkLink::None,
@@ -184,6 +199,10 @@ impl Endpoint {
             }),
             bulk_rx: Mutex::new(BulkRx { head: [0; HEADER_BYTES], head_len: 0, chunk: None, stalled: None }),
             transfers: Mutex::default(),
+            offers_slabs,
+            has_slabs: AtomicBool::new(false),
+            lender: Mutex::default(),
+            returns: Arc::default(),
             bulk_stalled: AtomicBool::new(false),
             heard: AtomicU32::new(driver.beats()),
             unread: AtomicU64::new(0),
@@ -258,7 +277,8 @@ impl Endpoint {
             return Err(TransferError::Closed { cause: Arc::clone(cause) });
         }
         let config = self.driver.config();
-        let Tx { wire, next_transfer, announced, .. } = &mut *tx;
+        self.return_leases(&mut tx.wire);
+        let Tx { wire, sent, taken, next_transfer, announced, passing, .. } = &mut *tx;
         if let Some(name) = announce {
             let id = outbound.function as usize;
             if announced.len() <= id {
@@ -266,18 +286,32 @@ impl Endpoint {
             }
             if !announced[id] {
                 let announcement = Outbound { function: outbound.function, ..Outbound::new(Kind::Function, name) };
-                encode_frame(&announcement, 0, next_transfer, wire)?;
+                encode_frame(&announcement, 0, next_transfer, wire, |_| None)?;
                 announced[id] = true;
             }
         }
         let before = wire.len();
-        let bulk = match encode_frame(outbound, config.limits.inline_bytes_max, next_transfer, wire) {
+        let mut passed = Vec::new();
+        let lend = |storage: &Storage| {
+            let has_slabs = self.has_slabs.load(Ordering::Acquire);
+            let loan = lock(has_slabs.then_some(&self.lender)?).lend(storage, &config.limits)?;
+            passed.extend(loan.pass);
+            Some(loan.place)
+        };
+        let bulk = match encode_frame(outbound, config.limits.inline_bytes_max, next_transfer, wire, lend) {
             Ok(bulk) => bulk,
             Err(error) => {
                 wire.truncate(before);
                 return Err(error.into());
             }
         };
+        for (index, slab) in passed.into_iter().enumerate() {
+            let header = Header { call: slab.id(), offset: slab.len() as u64, ..Header::new(Kind::Slab) };
+            // Before the frame that needs it; once for each slab.
+            let at = before + index * HEADER_BYTES;
+            wire.splice(at..at, *header.as_bytes());
+            passing.push_back((*taken + (at - *sent) as u64, slab));
+        }
         if matches!(outbound.kind, Kind::Reply | Kind::Error) {
             let end = tx.taken + (tx.wire.len() - tx.sent) as u64;
             tx.answers.push_back(end);
@@ -316,7 +350,10 @@ impl Endpoint {
     /// Writes what was sent with [`Self::send_in`].
     pub(crate) fn flush(self: &Arc<Self>) {
         if self.status() == Status::Open {
-            let written = self.write_control(&mut lock(&self.tx));
+            let mut tx = lock(&self.tx);
+            self.return_leases(&mut tx.wire);
+            let written = self.write_control(&mut tx);
+            drop(tx);
             if let Err(error) = written {
                 self.close(CloseCause::PeerLost { source: Some(Arc::new(error.into())) });
             }
@@ -324,9 +361,34 @@ impl Endpoint {
         self.flush_bulk();
     }
 
+    /// Borrowed tensors that were dropped: their leases go with what goes next.
+    fn return_leases(&self, wire: &mut Vec<u8>) {
+        if self.has_slabs.load(Ordering::Acquire) {
+            self.returns.write(&self.driver.config().limits, wire);
+        }
+    }
+
+    /// Sends what waits up to the next slab, whose descriptor goes with the first byte of its frame.
+    fn send_some(&self, tx: &mut Tx) -> Result<Progress, Errno> {
+        let until = |at: &u64| tx.sent + (*at - tx.taken) as usize;
+        match tx.passing.front() {
+            Some((at, slab)) if *at == tx.taken => {
+                let end = tx.passing.get(1).map_or(tx.wire.len(), |(at, _)| until(at));
+                let descriptor = slab.fd().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::BADF))?;
+                let progress = self.control.socket().send_with(&tx.wire[tx.sent..end], descriptor)?;
+                if let Progress::Bytes(1..) = progress {
+                    tx.passing.pop_front();
+                }
+                Ok(progress)
+            }
+            Some((at, _)) => self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..until(at)])]),
+            None => self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..])]),
+        }
+    }
+
     fn write_control(&self, tx: &mut Tx) -> Result<(), Errno> {
         while tx.sent < tx.wire.len() {
-            match self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..])])? {
+            match self.send_some(tx)? {
                 Progress::Bytes(len) => {
                     tx.sent += len;
                     tx.taken += len as u64;
@@ -403,7 +465,10 @@ impl Endpoint {
     }
 
     fn hello(&self, role: Role) -> Result<(Vec<u8>, Option<Dialer>), CloseCause> {
-        let hello = Hello::encode(self.driver.config(), role, self.peer_text(), || self.driver.fresh());
+        let hello = {
+            let features = if matches!(role, Role::Control { .. }) { self.features() } else { 0 };
+            Hello::encode(self.driver.config(), role, self.peer_text(), features, || self.driver.fresh())
+        };
         hello.map_err(|source| CloseCause::PeerLost { source: Some(Arc::new(source)) })
     }
 
@@ -417,7 +482,7 @@ impl Endpoint {
 
     /// The acceptor's answer; from now on frames go both ways.
     pub(crate) fn welcome(
-        &self,
+        self: &Arc<Self>,
         peer: Arc<dyn Peer>,
         features: u64,
         acceptor: Option<Acceptor>,
@@ -430,8 +495,11 @@ impl Endpoint {
             worker: self.driver.config().worker.clone(),
             bulk_key: key,
             version: VERSION,
-            features: features & FEATURES,
+            features: features & self.features(),
         };
+        if welcome.features & FEATURE_SLABS != 0 {
+            self.start_slabs(&mut lock(&self.rx));
+        }
         let mut welcome = encoded(&welcome);
         if let Some(acceptor) = acceptor {
             acceptor.seal(&mut welcome);
@@ -446,10 +514,78 @@ impl Endpoint {
         Ok(())
     }
 
+    /// What this side can do on this connection, in a hello or a welcome.
+    fn features(&self) -> u64 {
+        if self.offers_slabs { FEATURE_SLABS } else { 0 }
+    }
+
+    /// Both sides pass slabs: from now on.
+    fn start_slabs(self: &Arc<Self>, rx: &mut Receiver) {
+        self.returns.attach(Arc::downgrade(self));
+        rx.borrow_from(Borrower::new(self.driver.config().limits.clone(), Arc::clone(&self.returns)));
+        lock(&self.lender).start();
+        self.has_slabs.store(true, Ordering::Release);
+    }
+
+    /// Tensors of this side that the peer borrows.
+    pub fn lent(&self) -> usize {
+        lock(&self.lender).leases()
+    }
+
+    /// Whether tensors can be passed to the peer in slabs now.
+    pub fn lends(&self) -> bool {
+        self.has_slabs.load(Ordering::Acquire)
+    }
+
+    /// How tensors pass to the peer, and if not in slabs, why.
+    pub fn passing(&self) -> Passing {
+        let Some(remote) = self.remote.get() else { return Passing::Sockets(NoSlabs::Connecting) };
+        if self.has_slabs.load(Ordering::Acquire) {
+            return Passing::Slabs;
+        }
+        let config = self.driver.config();
+        Passing::Sockets(if let Some(refused) = self.driver.no_slabs() {
+            refused.clone()
+        } else if self.offers_slabs {
+            NoSlabs::RefusedThere
+        } else {
+            passing::no_socket(config.transport, config.worker.local.as_ref(), remote.local.as_ref())
+        })
+    }
+
     /// Reads once, and hands on what came. With [`Wait::Tick`] it sleeps for the first byte.
     fn read_control(self: &Arc<Self>, rx: &mut Receiver, wait: Wait, turn: &mut Turn) -> Result<(), CloseCause> {
-        let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
-        let (progress, bytes) = self.control.socket().recv(&mut buffer, wait).map_err(lost)?;
+        if !self.offers_slabs {
+            let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
+            let (progress, bytes) = self.control.socket().recv(&mut buffer, wait).map_err(lost)?;
+            return self.on_bytes(rx, progress, bytes, turn);
+        }
+        thread_local! {
+            // Not on the stack: it would have to be cleared each time.
+            static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+        }
+        let mut buffer = BUFFER.take();
+        buffer.resize(RECV_BYTES, 0);
+        let read =
+            self.control.socket().recv_with(&mut buffer, wait).map_err(lost).and_then(|(progress, descriptor)| {
+                if let Some(descriptor) = descriptor {
+                    rx.on_descriptor(descriptor)?;
+                }
+                let len = if let Progress::Bytes(len) = progress { len } else { 0 };
+                self.on_bytes(rx, progress, &buffer[..len], turn)
+            });
+        // Another, if a handler has read on this thread meanwhile, is let go.
+        BUFFER.set(buffer);
+        read
+    }
+
+    fn on_bytes(
+        self: &Arc<Self>,
+        rx: &mut Receiver,
+        progress: Progress,
+        bytes: &[u8],
+        turn: &mut Turn,
+    ) -> Result<(), CloseCause> {
         match progress {
             Progress::WouldBlock => return Ok(()),
             Progress::Ended => {
@@ -460,7 +596,7 @@ impl Endpoint {
             }
             Progress::Bytes(_) => self.hear(),
         }
-        let mut input = &bytes[..];
+        let mut input = bytes;
         while let Some(received) = rx.feed(&mut input)? {
             match received {
                 Received::Frame(frame) => {
@@ -468,6 +604,9 @@ impl Endpoint {
                     self.deliver(frame, turn)?;
                     if welcome {
                         rx.set_limits(self.driver.config().limits.clone());
+                        if self.has_slabs.load(Ordering::Acquire) {
+                            self.start_slabs(rx);
+                        }
                     }
                 }
                 Received::Waiting(partial) => self.park(partial)?,
@@ -490,7 +629,14 @@ impl Endpoint {
             }
             Kind::Challenge if status == Status::Greeting => self.on_challenge(&frame.metadata)?,
             Kind::Welcome if status == Status::Greeting => self.on_welcome(&frame)?,
-            Kind::Ping if status == Status::Open => {}
+            // The receiver has done what slabs need.
+            Kind::Ping | Kind::Slab | Kind::Retire if status == Status::Open => {}
+            Kind::Release if status == Status::Open => {
+                for lease in shm::read_release(&frame.metadata)? {
+                    // Dropped without the lock.
+                    let _returned = lock(&self.lender).take_back(lease)?;
+                }
+            }
             Kind::OpenBulk if status == Status::Open && self.dialed.is_some() => {
                 let mut bulk = lock(&self.bulk);
                 if matches!(bulk.link, BulkLink::None) {
@@ -528,6 +674,10 @@ impl Endpoint {
         {
             let (life, newest) = (found.incarnation, dialed.incarnation);
             return Err(ProtocolError::EarlierLife { worker: found.id.name.to_string(), life, newest }.into());
+        }
+        if self.offers_slabs && welcome.features & FEATURE_SLABS != 0 {
+            // Before frames that wait leave; the reader goes on from there.
+            self.has_slabs.store(true, Ordering::Release);
         }
         // The only writer: frames of one connection are delivered one at a time, and a second welcome is refused.
         let _ = self.remote.set(welcome.worker);
@@ -670,8 +820,15 @@ impl Endpoint {
             drop(tx);
             return self.close(CloseCause::Silent { silent: self.driver.config().peer_timeout });
         }
+        let idle = tx.wire.is_empty();
+        if self.has_slabs.load(Ordering::Acquire) {
+            for slab in lock(&self.lender).take_retired() {
+                tx.wire.extend_from_slice(Header { call: slab, ..Header::new(Kind::Retire) }.as_bytes());
+            }
+            self.return_leases(&mut tx.wire);
+        }
         // Bytes that wait to leave will say the same.
-        if tx.wire.is_empty() && self.cause.get().is_none() {
+        if idle && self.cause.get().is_none() {
             for _ in 0..self.driver.copies(Kind::Ping) {
                 tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
             }
@@ -758,6 +915,9 @@ impl Endpoint {
                 let _ = write_greeting(self.control.socket(), &goodbye);
             }
         }
+        lock(&self.tx).passing.clear();
+        let lent = lock(&self.lender).end(self.may_live(&cause));
+        drop(lent);
         let bulk = std::mem::replace(&mut lock(&self.bulk).link, BulkLink::None);
         if let BulkLink::Connecting(link, _) | BulkLink::Proving(link, ..) | BulkLink::Open(link) = bulk {
             self.driver.remove(&link);
@@ -777,6 +937,16 @@ impl Endpoint {
         self.driver.linger(&self.control);
         if let Some(peer) = self.peer.get() {
             peer.on_closed(self, &cause);
+        }
+    }
+
+    /// Whether the peer's process may still read what it has borrowed, as far as is known.
+    fn may_live(&self, cause: &CloseCause) -> bool {
+        let life = || self.remote.get()?.local.as_ref()?.life;
+        match cause {
+            CloseCause::Died => false,
+            CloseCause::PeerLost { .. } => !life().is_some_and(life::is_dead),
+            _ => true,
         }
     }
 

@@ -72,6 +72,18 @@ pub enum ProtocolError {
     /// A transfer id used twice.
     #[error("transfer {transfer} was announced twice")]
     DuplicateTransfer { transfer: u64 },
+    /// A slab that cannot be mapped safely, or not at all.
+    #[error("slab {slab} is refused: {reason}")]
+    Slab { slab: u64, reason: &'static str },
+    /// A tensor in a slab that was never passed, or was retired: ids are not used again.
+    #[error("a tensor lies in slab {slab}, which is not there (any more)")]
+    UnknownSlab { slab: u64 },
+    /// A tensor that is not all in its slab.
+    #[error("a tensor of {len} bytes at {offset} of slab {slab}, which has {slab_bytes}")]
+    OutsideSlab { slab: u64, offset: u64, len: u64, slab_bytes: u64 },
+    /// A lease returned that was not out.
+    #[error("lease {lease} was returned, and is not out")]
+    Lease { lease: u64 },
     /// The hello could not be read.
     #[error("malformed {what}: {message}")]
     Malformed { what: &'static str, message: String },

@@ -7,9 +7,11 @@
 //! ```text
 //!  0 magic       u32  "FCL1"          32 payload_len u64  inline payload bytes behind the metadata
 //!  4 version     u8                   40 deadline_us u64  relative; 0 = none
-//!  5 kind        u8                   48 offset      u64  Chunk: where its bytes go in the transfer
+//!  5 kind        u8                   48 offset      u64  Chunk: where its bytes go in the transfer;
+//!                                                          Slab: its bytes
 //!  6 flags       u16  must be 0       56 credit      u32  reserved, must be 0
-//!  8 call        u64  call/transfer   60 reserved    u32  must be 0
+//!  8 call        u64  call/transfer/  60 reserved    u32  must be 0
+//!                    slab
 //! 16 function    u32  interned id
 //! 20 meta_len    u32
 //! 24 table_len   u32  descriptors
@@ -31,8 +33,8 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"FCL1");
 /// The framing version this build speaks.
 pub const VERSION: u8 = 1;
 
-/// What this build can do beyond its version, a bit each; none is defined yet.
-pub(crate) const FEATURES: u64 = 0;
+/// What a build can do beyond its version, a bit each. This one: tensors pass in slabs that the receiver maps; see `shm`.
+pub(crate) const FEATURE_SLABS: u64 = 1;
 
 /// What a frame is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,6 +63,12 @@ pub enum Kind {
     Chunk = 10,
     /// Says nothing but that its sender lives; see [`Endpoint`](crate::Endpoint).
     Ping = 11,
+    /// Passes a slab: `call` is its id, `offset` its bytes, and the descriptor comes with the header; see `shm`.
+    Slab = 12,
+    /// The slab of that id is not used any more.
+    Retire = 13,
+    /// Tensors that lay in the receiver's slabs are not used any more: the metadata are their leases, a u64 each.
+    Release = 14,
     /// The acceptor's answer to a [`Kind::Hello`] when there is a job key; see `auth`.
     Challenge = 20,
     /// The dialer's answer to a [`Kind::Challenge`].
@@ -71,9 +79,12 @@ impl Kind {
     /// The kind with this wire code.
     pub fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        [Hello, Welcome, Function, Request, Reply, Error, Cancel, Close, OpenBulk, Chunk, Ping, Challenge, Proof]
-            .into_iter()
-            .find(|kind| *kind as u8 == code)
+        [
+            Hello, Welcome, Function, Request, Reply, Error, Cancel, Close, OpenBulk, Chunk, Ping, Slab, Retire,
+            Release, Challenge, Proof,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == code)
     }
 }
 

@@ -3,6 +3,7 @@
 //! - [`Driver`]: one per agent. Sockets in one epoll set, led by one thread of a small pool at a time; a caller that
 //!   blocks for a reply drives its own endpoint instead. It accepts, dials, keeps time and runs jobs.
 //! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
+//! - [`Passing`]: how tensors reach a peer: in slabs that both processes map (`shm`), else through sockets.
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
 //! - [`negotiate()`]: which [`Channel`] takes the bytes to a peer, and why the others do not.
@@ -20,7 +21,6 @@ mod descriptor;
 mod driver;
 mod endpoint;
 mod error;
-mod fork;
 pub mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
@@ -30,11 +30,13 @@ mod key;
 mod life;
 mod local;
 mod negotiate;
+mod passing;
 #[doc(hidden)]
 pub mod planted;
 pub mod probe;
 mod receive;
 mod repeats;
+mod shm;
 pub mod sim;
 mod socket;
 mod store;
@@ -51,15 +53,17 @@ pub use address::{Limits, Route, WorkerId, WorkerInfo};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
-pub use fork::is_forked_child;
+pub use farcall_device::is_forked_child;
 pub use interface::{InterfaceAddress, InterfaceChoice, InterfaceError, addresses as interface_addresses};
 pub use key::{JobKey, KeyError};
 pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
 pub use negotiate::{Carriage, Channel, Decision, End, Obstacle, Verdict, negotiate};
+pub use passing::{NoSlabs, Passing};
 pub use receive::{Frame, Unanswered};
 #[doc(hidden)]
 pub use repeats::Repeats;
+pub use shm::{LENT_BYTES_MIN, no_slabs};
 pub use store::*;
 pub use tls::Tls;
 pub use tls_error::TlsError;

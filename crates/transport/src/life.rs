@@ -213,12 +213,19 @@ struct Watch {
     bell: AtomicU32,
 }
 
+static WATCH: OnceLock<io::Result<&'static Watch>> = OnceLock::new();
+
+/// Whether that process is known to be dead: it is watched, and its word says so.
+pub(crate) fn is_dead(address: LifeAddress) -> bool {
+    let Some(Ok(watch)) = WATCH.get() else { return false };
+    lock(&watch.watched).iter().any(|watched| watched.id == address.id && watched.is_dead())
+}
+
 /// Closes `endpoint` when that process dies.
 ///
 /// # Errors
 /// Its page cannot be opened, or is none: the process is gone, of another process namespace, or lies.
 pub(crate) fn watch(endpoint: &Arc<Endpoint>, process: u32, address: LifeAddress) -> io::Result<()> {
-    static WATCH: OnceLock<io::Result<&'static Watch>> = OnceLock::new();
     let watch = WATCH.get_or_init(|| {
         let watch: &Watch = Box::leak(Box::new(Watch { watched: Mutex::default(), bell: AtomicU32::new(0) }));
         thread::Builder::new().name("farcall-deaths".into()).spawn(move || watch.run())?;

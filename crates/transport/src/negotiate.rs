@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use farcall_device::Device;
 
-use crate::{Limits, LocalAddress, Transport};
+use crate::{LENT_BYTES_MIN, Limits, LocalAddress, NoSlabs, Transport};
 
 /// A way for a tensor's bytes to another worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -68,6 +68,8 @@ pub struct End<'a> {
     pub local: Option<&'a LocalAddress>,
     /// Where the bytes are, or are to be.
     pub device: Device,
+    /// Why it passes no slabs to anyone, if that is known.
+    pub no_slabs: Option<&'a NoSlabs>,
 }
 
 /// Why a channel cannot be taken. Each text says what to do about it, where something can be done.
@@ -96,6 +98,12 @@ pub enum Obstacle {
          --network=host"
     )]
     OtherNetwork { here: u64, there: u64 },
+    /// One of the sides passes no slabs.
+    #[error(transparent)]
+    NoSlabs(NoSlabs),
+    /// Less than is worth a lease.
+    #[error("less than {min} bytes travel in the frame")]
+    Small { min: u64 },
     /// It would not be believed.
     #[error("the other side runs as user {there}, this one as {here}: run both as one user")]
     OtherUser { here: u32, there: u32 },
@@ -122,9 +130,11 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// How the bytes of a tensor travel on a socket.
+/// How the bytes of a tensor travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carriage {
+    /// Not at all: they are read where they lie.
+    Slab,
     /// In the frame of the call, if all its tensors together have room there.
     Inline,
     /// On a second connection, in chunks, so that other frames can pass.
@@ -158,7 +168,7 @@ impl Decision {
 #[must_use]
 pub fn negotiate(transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u64, limits: &Limits) -> Decision {
     let mut taken = None;
-    let verdict = |channel| match (obstacle(channel, transport, here, there), taken) {
+    let verdict = |channel| match (obstacle(channel, transport, here, there, bytes), taken) {
         (Some(obstacle), _) => (channel, Verdict::Refused(obstacle)),
         (None, Some(first)) => (channel, Verdict::Behind(first)),
         (None, None) => {
@@ -167,7 +177,9 @@ pub fn negotiate(transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u
         }
     };
     let verdicts = Channel::ALL.into_iter().map(verdict).collect();
-    let carriage = if bytes <= limits.inline_bytes_max {
+    let carriage = if taken == Some(Channel::Shm) {
+        Carriage::Slab
+    } else if bytes <= limits.inline_bytes_max {
         Carriage::Inline
     } else {
         Carriage::Bulk { chunks: bytes.div_ceil(limits.chunk_bytes_max.max(1)) }
@@ -176,10 +188,10 @@ pub fn negotiate(transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u
     Decision { verdicts, carriage, copies: copies.into_iter().filter(|(from, to)| from != to).collect() }
 }
 
-fn obstacle(channel: Channel, transport: Transport, here: &End<'_>, there: &End<'_>) -> Option<Obstacle> {
+fn obstacle(channel: Channel, transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u64) -> Option<Obstacle> {
     match (channel, transport) {
-        (Channel::CudaIpc | Channel::Shm | Channel::Ucx, _) => Some(Obstacle::NotBuilt),
-        (Channel::Unix, Transport::Tcp) | (Channel::Tcp, Transport::Unix) => {
+        (Channel::CudaIpc | Channel::Ucx, _) => Some(Obstacle::NotBuilt),
+        (Channel::Unix | Channel::Shm, Transport::Tcp) | (Channel::Tcp, Transport::Unix) => {
             Some(Obstacle::Setting { setting: transport })
         }
         (Channel::Unix, _) => match (here.local, there.local) {
@@ -187,6 +199,10 @@ fn obstacle(channel: Channel, transport: Transport, here: &End<'_>, there: &End<
             (_, None) => Some(Obstacle::NoSocketThere),
             (Some(here), Some(there)) => here.distance(there),
         },
+        // Slabs are passed over a Unix socket.
+        (Channel::Shm, _) => obstacle(Channel::Unix, transport, here, there, bytes)
+            .or_else(|| here.no_slabs.or(there.no_slabs).cloned().map(Obstacle::NoSlabs))
+            .or_else(|| (bytes < LENT_BYTES_MIN).then_some(Obstacle::Small { min: LENT_BYTES_MIN })),
         (Channel::Tcp, _) => None,
     }
 }
@@ -200,7 +216,7 @@ mod tests {
     }
 
     fn decide(transport: Transport, here: Option<&LocalAddress>, there: Option<&LocalAddress>) -> Decision {
-        let end = |local| End { local, device: Device::HOST };
+        let end = |local| End { local, device: Device::HOST, no_slabs: None };
         negotiate(transport, &end(here), &end(there), 8, &Limits::default())
     }
 
@@ -257,7 +273,8 @@ mod tests {
     fn carriage_and_copies_follow_from_size_and_devices() {
         let (here, limits) = (local(), Limits::default());
         let decide = |from, to, bytes| {
-            let end = |device| End { local: Some(&here), device };
+            let off = NoSlabs::Off;
+            let end = |device| End { local: Some(&here), device, no_slabs: Some(&off) };
             let decision = negotiate(Transport::Auto, &end(from), &end(to), bytes, &limits);
             (decision.carriage, decision.copies)
         };
@@ -266,6 +283,25 @@ mod tests {
         assert_eq!(decide(host, host, (64 << 10) + 1), (Carriage::Bulk { chunks: 1 }, vec![]));
         assert_eq!(decide(host, device, 9 << 20), (Carriage::Bulk { chunks: 3 }, vec![(host, device)]));
         assert_eq!(decide(device, device, 0), (Carriage::Inline, vec![(device, host), (host, device)]));
+    }
+
+    #[test]
+    fn memory_is_shared_between_processes_that_both_share_it() {
+        let (here, limits, off) = (local(), Limits::default(), NoSlabs::Off);
+        let decide = |here_off, there_off, bytes| {
+            let end = |no_slabs| End { local: Some(&here), device: Device::HOST, no_slabs };
+            negotiate(Transport::Auto, &end(here_off), &end(there_off), bytes, &limits)
+        };
+        let shared = decide(None, None, 1 << 30);
+        assert_eq!((shared.taken(), shared.carriage), (Some(Channel::Shm), Carriage::Slab));
+        assert_eq!(verdict(&shared, Channel::Unix), Verdict::Behind(Channel::Shm));
+        for decision in [decide(Some(&off), None, 1 << 30), decide(None, Some(&off), 1 << 30)] {
+            assert_eq!(decision.taken(), Some(Channel::Unix));
+            assert_eq!(verdict(&decision, Channel::Shm), Verdict::Refused(Obstacle::NoSlabs(off.clone())));
+        }
+        let small = decide(None, None, LENT_BYTES_MIN - 1);
+        assert_eq!(verdict(&small, Channel::Shm), Verdict::Refused(Obstacle::Small { min: LENT_BYTES_MIN }));
+        assert_eq!(decide(None, None, LENT_BYTES_MIN).taken(), Some(Channel::Shm));
     }
 
     #[test]

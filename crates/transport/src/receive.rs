@@ -1,11 +1,13 @@
 //! Reassembles frames from the bytes of a connection; knows no socket.
 //!
 //! [`Receiver`] takes the control connection's bytes as they come. Tensors up to the inline limit land in recycled
-//! storages as they arrive; larger ones make the frame wait in [`Transfers`] until their chunks are in.
+//! storages as they arrive; larger ones make the frame wait in [`Transfers`] until their chunks are in. Those in slabs of the
+//! peer are there already.
 //! Invariant LIMITS: header, then descriptors are checked before a storage is allocated.
 //! Invariant R1: a frame that waits for its bulk payload delays no later frame.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -14,7 +16,12 @@ use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
 use crate::descriptor::{Descriptor, Mode};
 use crate::frame::{HEADER_BYTES, Header, Kind};
 use crate::planted::{self, Bug};
+use crate::shm::Borrower;
 use crate::{CloseCause, Limits, ProtocolError};
+
+/// Descriptors that may have come before their frames. One is received at a time, with the first byte of its frame, but a
+/// frame may end in bytes that come later.
+const DESCRIPTORS_MAX: u64 = 4;
 
 /// A whole message: its tensors are complete in this process's memory.
 #[derive(Debug)]
@@ -117,12 +124,17 @@ pub(crate) struct Receiver {
     head_len: usize,
     state: State,
     inflow: Arc<Inflow>,
+    /// The peer's slabs, if it passes any.
+    borrower: Option<Borrower>,
+    /// Those that came with bytes so far, and whose frames did not.
+    descriptors: VecDeque<OwnedFd>,
 }
 
 impl Receiver {
     pub(crate) fn new(limits: Limits, runtime: Runtime) -> Self {
         let inflow = Arc::default();
-        Self { limits, runtime, head: [0; HEADER_BYTES], head_len: 0, state: State::Head, inflow }
+        let (head, state) = ([0; HEADER_BYTES], State::Head);
+        Self { limits, runtime, head, head_len: 0, state, inflow, borrower: None, descriptors: VecDeque::new() }
     }
 
     /// Tensor bytes of the peer's requests that are not answered.
@@ -133,6 +145,30 @@ impl Receiver {
     /// From the next frame on.
     pub(crate) fn set_limits(&mut self, limits: Limits) {
         self.limits = limits;
+    }
+
+    /// From the next frame on, tensors may lie in the peer's slabs.
+    pub(crate) fn borrow_from(&mut self, borrower: Borrower) {
+        self.borrower = Some(borrower);
+    }
+
+    /// A descriptor came with the bytes that are fed next.
+    pub(crate) fn on_descriptor(&mut self, descriptor: OwnedFd) -> Result<(), ProtocolError> {
+        crate::frame::limit("descriptors without a frame", self.descriptors.len() as u64 + 1, DESCRIPTORS_MAX)?;
+        self.descriptors.push_back(descriptor);
+        Ok(())
+    }
+
+    /// The frames that are this side's alone.
+    fn on_slab_frame(&mut self, header: &Header, kind: Kind) -> Result<(), CloseCause> {
+        match (kind, &mut self.borrower) {
+            (Kind::Slab, Some(borrower)) => borrower.on_slab(header.call, header.offset, self.descriptors.pop_front()),
+            (Kind::Retire, Some(borrower)) => Ok(borrower.on_retire(header.call)?),
+            (Kind::Slab | Kind::Retire, None) => {
+                Err(ProtocolError::Unexpected { kind, expected: "no slab on this connection" }.into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Consumes bytes of `input` up to the end of one frame, or all of them.
@@ -199,7 +235,8 @@ impl Receiver {
     }
 
     /// Reads descriptors and metadata, and makes room for the tensors.
-    fn open(&self, header: &Header, kind: Kind, body: &[u8]) -> Result<Partial, CloseCause> {
+    fn open(&mut self, header: &Header, kind: Kind, body: &[u8]) -> Result<Partial, CloseCause> {
+        self.on_slab_frame(header, kind)?;
         let (_extensions, body) = body.split_at(header.ext_len as usize);
         let (mut table, metadata) = body.split_at(header.table_len as usize);
         let mut slots = Vec::with_capacity(header.tensors as usize);
@@ -221,14 +258,19 @@ impl Receiver {
                 // Before the allocation: an inline tensor is never larger than the payload that carries it.
                 crate::frame::limit("inline payload bytes", inline_bytes, header.payload_len)?;
             }
-            let storage = self.runtime.alloc_host(len_bytes as usize)?;
-            slots.push(match mode {
-                Mode::Inline => Slot { layout, device, place: Place::Inline(storage) },
+            let alloc = || self.runtime.alloc_host(len_bytes as usize);
+            let place = match mode {
+                Mode::Inline => Place::Inline(alloc()?),
                 Mode::Bulk(transfer) => {
                     missing += 1;
-                    Slot { layout, device, place: Place::Bulk(transfer, storage) }
+                    Place::Bulk(transfer, alloc()?)
                 }
-            });
+                Mode::Slab(place) => {
+                    let borrower = self.borrower.as_ref().ok_or(ProtocolError::Mode { found: 2 })?;
+                    Place::Complete(borrower.borrow(place, len_bytes)?)
+                }
+            };
+            slots.push(Slot { layout, device, place });
         }
         accounted("descriptors", u64::from(header.table_len), (header.table_len as usize - table.len()) as u64)?;
         accounted("inline payload", header.payload_len, inline_bytes)?;
@@ -419,7 +461,7 @@ mod tests {
         let mut next_transfer = 1;
         let outbound =
             Outbound { kind: Kind::Request, call: 7, function: 3, deadline_us: 0, metadata, tensors, devices: &[] };
-        let bulk = encode_frame(&outbound, inline_max, &mut next_transfer, &mut wire).expect("encodes");
+        let bulk = encode_frame(&outbound, inline_max, &mut next_transfer, &mut wire, |_| None).expect("encodes");
         (wire, bulk)
     }
 

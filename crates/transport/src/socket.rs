@@ -6,6 +6,7 @@
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -119,6 +120,30 @@ impl Socket {
         match self {
             Self::System(socket) => rustix::io::ioctl_fionread(socket),
             Self::Simulated(socket) => Ok(socket.unread_bytes()),
+        }
+    }
+
+    /// As [`Self::send`], with a descriptor that goes with the first byte. Over a Unix socket only.
+    pub(crate) fn send_with(&self, bytes: &[u8], descriptor: BorrowedFd<'_>) -> Result<Progress, Errno> {
+        match self {
+            Self::System(socket) => tcp::send_with(socket, bytes, descriptor),
+            Self::Simulated(socket) => socket.send(&[IoSlice::new(bytes)]),
+        }
+    }
+
+    /// Reads into `buffer`, which is not empty, with the descriptor that came with one of the bytes.
+    pub(crate) fn recv_with(&self, buffer: &mut [u8], wait: Wait) -> Result<(Progress, Option<OwnedFd>), Errno> {
+        match self {
+            Self::System(socket) => tcp::recv_with(socket, buffer, wait),
+            Self::Simulated(socket) => Ok((socket.recv_into(buffer)?, None)),
+        }
+    }
+
+    /// Whether it is a Unix socket: descriptors can be passed.
+    pub(crate) fn is_unix(&self) -> bool {
+        match self {
+            Self::System(socket) => socket.domain().is_ok_and(|domain| domain == socket2::Domain::UNIX),
+            Self::Simulated(_) => false,
         }
     }
 

@@ -200,6 +200,12 @@ settings! {
     "transport", "FARCALL_TRANSPORT", Kind::Text("`auto`, `tcp` or `unix`"), "auto",
         "which sockets are used: Unix sockets between one user's workers on one host and TCP else, or one kind alone",
         |draft, text| text.parse().ok().map(|transport| draft.options.transport = transport);
+    "shm", "FARCALL_SHM", Kind::Text("`auto` or `off`"), "auto",
+        "tensors pass in shared memory between one user's workers on one host, without a copy, or through sockets",
+        |draft, text| {
+            draft.options.slabs = match text { "auto" => true, "off" => false, _ => return None };
+            Some(())
+        };
     "interface", "FARCALL_INTERFACE", INTERFACE, "",
         "the network interface whose address this worker listens on; `NCCL_SOCKET_IFNAME` if there is none",
         |draft, text| text.parse().ok().map(|interface| draft.options.interface = Some(interface));

@@ -3,13 +3,13 @@
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use farcall_device::Kept;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
 
 use super::{Driver, WAKE};
-use crate::fork::Kept;
 use crate::socket::Socket;
 use crate::{TransferError, sim};
 

@@ -114,6 +114,7 @@ impl Driver {
             };
             self.poll(backlog, turn);
             turn.flush();
+            self.flush_all();
             let may_run = {
                 let mut pool = lock(&self.pool);
                 pool.jobs.extend(turn.jobs.drain(..));
@@ -202,6 +203,9 @@ impl Driver {
         }
         // Published before the timer is read: a timer set in between either is seen here or sees the sleeper.
         self.sleeping_until_us.store(u64::MAX, Ordering::SeqCst);
+        if !lock(&self.unflushed).is_empty() {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
         let next = self.next_timer_us.load(Ordering::SeqCst);
         if next == u64::MAX {
             return None;

@@ -8,13 +8,13 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use farcall_device::Kept;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
 use super::accept::Greeting;
 use super::{Driver, Turn, WATCH_TICK};
 use crate::endpoint::{Endpoint, lock};
-use crate::fork::Kept;
 use crate::socket::Socket;
 use crate::tcp::{Progress, Wait};
 use crate::tls::Session;

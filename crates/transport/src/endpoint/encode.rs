@@ -1,11 +1,12 @@
 //! What is sent: tensors made fit for the wire, frames, and greetings.
 
-use farcall_device::{Device, DeviceError, Fences, Runtime, Tensor};
+use farcall_device::{Device, DeviceError, Fences, Runtime, Storage, Tensor};
 use std::io::IoSlice;
 
 use super::lost;
-use crate::descriptor::{Descriptor, Mode};
+use crate::descriptor::{Descriptor, Mode, Place};
 use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::shm::LENT_BYTES_MIN;
 use crate::socket::Socket;
 use crate::tcp::Progress;
 use crate::{CloseCause, ProtocolError};
@@ -48,11 +49,11 @@ pub struct Staged {
 }
 
 /// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
-/// streams behind their writes. Nothing is waited for.
+/// streams behind their writes. Nothing is waited for. With `slabs`, memory that is in none is copied into one, here and now.
 ///
 /// # Errors
 /// [`DeviceError`] of a device or of memory.
-pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, DeviceError> {
+pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>, slabs: bool) -> Result<Staged, DeviceError> {
     let mut devices = Vec::new();
     if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
         devices.extend(tensors.iter().map(Tensor::device));
@@ -61,19 +62,28 @@ pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>) -> Result<Staged, Devi
         let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
         if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
+        } else if slabs && tensor.layout().byte_span().len() as u64 >= LENT_BYTES_MIN {
+            // SNAPSHOT: its owner may write it again once the call was made.
+            *tensor = runtime.in_slab(tensor)?;
         }
     }
     let pending = Fences::of(&tensors);
     Ok(Staged { tensors, devices, pending })
 }
 
-/// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids.
+/// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids. `lend` gives
+/// the place of a storage's first byte in a slab that the peer has, or will have before this frame.
 pub(crate) fn encode_frame(
     outbound: &Outbound<'_>,
     inline_bytes_max: u64,
     next_transfer: &mut u64,
     wire: &mut Vec<u8>,
+    mut lend: impl FnMut(&Storage) -> Option<Place>,
 ) -> Result<Vec<(u64, Tensor)>, DeviceError> {
+    // Unreadable tensors fail their own call, here; later they would end the connection, and leases be out for nothing.
+    for tensor in outbound.tensors {
+        payload(tensor)?;
+    }
     let start = wire.len();
     let mut header = Header {
         call: outbound.call,
@@ -88,11 +98,13 @@ pub(crate) fn encode_frame(
     let mut inline: Vec<&Tensor> = Vec::new();
     for (index, tensor) in outbound.tensors.iter().enumerate() {
         debug_assert!(tensor.layout().is_dense_or_broadcast(), "sent without `stage`: {tensor:?}");
-        // Unreadable tensors fail their own call, here; later they would end the connection.
-        payload(tensor)?;
         let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
         let mut descriptor = Descriptor::of(tensor, device, Mode::Inline);
-        if header.payload_len + descriptor.len_bytes <= inline_bytes_max {
+        let lent = if descriptor.len_bytes < LENT_BYTES_MIN { None } else { lend(tensor.storage()) };
+        if let Some(place) = lent {
+            let offset = place.offset + tensor.layout().byte_span().start as u64;
+            descriptor.mode = Mode::Slab(Place { offset, ..place });
+        } else if header.payload_len + descriptor.len_bytes <= inline_bytes_max {
             header.payload_len += descriptor.len_bytes;
             inline.push(tensor);
         } else {
@@ -130,7 +142,7 @@ pub(crate) fn encoded<T: serde::Serialize>(value: &T) -> Vec<u8> {
 /// A frame of the greeting, or of the end: nothing but metadata.
 pub(crate) fn greeting(kind: Kind, metadata: &[u8]) -> Vec<u8> {
     let mut wire = Vec::new();
-    match encode_frame(&Outbound::new(kind, metadata), 0, &mut 0, &mut wire) {
+    match encode_frame(&Outbound::new(kind, metadata), 0, &mut 0, &mut wire, |_| None) {
         Ok(_) => wire,
         Err(error) => unreachable!("a frame without tensors encodes: {error}"),
     }

@@ -3,7 +3,7 @@
 use farcall_device::{DType, Device, Layout};
 
 use super::{Golden, limits};
-use crate::descriptor::{Descriptor, MAX_BYTES, Mode};
+use crate::descriptor::{Descriptor, MAX_BYTES, Mode, Place};
 
 /// Every descriptor read is within its limits, and is read again from what is written of it.
 pub fn descriptors(input: &[u8]) -> bool {
@@ -73,6 +73,10 @@ pub fn golden() -> Vec<Golden> {
         ("transposed", wire(&[host(strided(DType::F32, &[3, 2], &[1, 3]))])),
         ("broadcast", wire(&[host(strided(DType::I16, &[4, 5], &[0, 1]))])),
         ("bulk-to-cuda", wire(&[of(dense(DType::BF16, &[64, 64]), Device::Cuda(3), Mode::Bulk(9))])),
+        (
+            "slab",
+            wire(&[of(dense(DType::F32, &[9]), Device::HOST, Mode::Slab(Place { slab: 1, offset: 64, lease: 2 }))]),
+        ),
         ("rank-16", wire(&[host(dense(DType::U8, &[1, 2, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 3]))])),
         (
             "two",

@@ -182,7 +182,7 @@ fn wire(frame: &Frame, range: Range<usize>) -> Vec<u8> {
         devices: &frame.devices,
     };
     let mut wire = Vec::new();
-    let bulk = encode_frame(&outbound, limits().inline_bytes_max, &mut 1, &mut wire);
+    let bulk = encode_frame(&outbound, limits().inline_bytes_max, &mut 1, &mut wire, |_| None);
     let bulk = bulk.unwrap_or_else(|error| panic!("{frame:?} cannot be sent on: {error}"));
     let mut chunks = Vec::new();
     for (transfer, tensor) in &bulk {

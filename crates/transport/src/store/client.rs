@@ -6,10 +6,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use farcall_device::Kept;
+
 use super::wire::{self, CHALLENGE, GREETING, Hello, Reply, Request, TooLarge, VERSION};
 use super::{Refusal, Store, StoreError};
 use crate::auth::{Dialer, Realm};
-use crate::fork::Kept;
 use crate::key::fresh;
 use crate::{AuthError, JobKey, ProtocolError};
 

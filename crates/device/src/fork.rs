@@ -1,11 +1,12 @@
-//! What becomes of this process's connections in a child that it forks.
+//! What becomes of this process's memory and connections in a child that it forks.
 //!
 //! `fork` copies descriptors and memory, and of the threads only the one that calls it. So a child can neither drive a connection
-//! nor take a lock that some other thread held. It is refused instead ([`is_forked_child`]), and its copies of the descriptors
-//! are replaced by harmless ones, before `fork` returns in it: else the parent's peers would not see the parent's end.
-//! Invariant FORK: a child of a process that uses farcall holds no connection of it, and none of its calls waits.
+//! nor take a lock that some other thread held. It is refused instead ([`is_forked_child`]), its copies of the descriptors
+//! are replaced by harmless ones before `fork` returns in it, and slabs are not copied (`MADV_DONTFORK`): else the parent's peers
+//! would not see the parent's end, and its memory would outlive it.
+//! Invariant FORK: a child of a process that uses farcall holds no connection and no memory of it, and none of its calls waits.
 //!
-//! Source: POSIX, `pthread_atfork`.
+//! Source: POSIX, `pthread_atfork`; madvise(2).
 #![expect(unsafe_code, reason = "handlers that the C library calls around a fork")]
 
 use std::cell::UnsafeCell;
@@ -14,9 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Mutex, MutexGuard, Once};
-
-use crate::endpoint::lock;
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 static CHILD: AtomicBool = AtomicBool::new(false);
 /// What takes the place of a descriptor in a child: `/dev/null`, open for ever.
@@ -30,20 +29,23 @@ struct Held(UnsafeCell<Option<MutexGuard<'static, BTreeSet<RawFd>>>>);
 // SAFETY: reached only by `before` and what follows it on the same thread, while that thread holds the lock.
 unsafe impl Sync for Held {}
 
-/// Whether this process was forked from one that had joined a group, and so has nothing of it.
+/// Whether this process was forked from one that used farcall, and so has nothing of it: neither memory nor connections.
+#[must_use]
 pub fn is_forked_child() -> bool {
     CHILD.load(Ordering::Relaxed)
 }
 
 /// A descriptor that no child keeps. To be dropped before the descriptor is closed.
 #[derive(Debug)]
-pub(crate) struct Kept(RawFd);
+pub struct Kept(RawFd);
 
 impl Kept {
-    pub(crate) fn new(descriptor: &impl AsFd) -> Self {
-        watch_forks();
+    /// From now on no child has it.
+    #[must_use]
+    pub fn new(descriptor: &impl AsFd) -> Self {
+        watch();
         let number = descriptor.as_fd().as_raw_fd();
-        lock(&OPEN).insert(number);
+        lock().insert(number);
         Self(number)
     }
 }
@@ -51,12 +53,13 @@ impl Kept {
 impl Drop for Kept {
     fn drop(&mut self) {
         if !is_forked_child() {
-            lock(&OPEN).remove(&self.0);
+            lock().remove(&self.0);
         }
     }
 }
 
-fn watch_forks() {
+/// From now on forks are noticed.
+pub(crate) fn watch() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let watched = File::open("/dev/null").and_then(|null| {
@@ -70,13 +73,17 @@ fn watch_forks() {
             }
         });
         if let Err(error) = watched {
-            tracing::warn!(%error, "a forked child will hold this process's connections open");
+            tracing::warn!(%error, "a forked child will hold this process's connections open, and crash if it touches a tensor");
         }
     });
 }
 
+fn lock() -> MutexGuard<'static, BTreeSet<RawFd>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 extern "C" fn before() {
-    let guard = lock(&OPEN);
+    let guard = lock();
     // SAFETY: this thread holds the lock, so no other is between here and the end of its own fork.
     unsafe { *HELD.0.get() = Some(guard) };
 }
