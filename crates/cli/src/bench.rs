@@ -36,9 +36,17 @@ use crate::launch::told_to_end;
 const USAGE: u8 = 2;
 const UNMET: u8 = 3;
 
+/// What is written, in short; the page `bench.md` has all of it.
+const FORMATS: &str = "\
+Columns: p50, p99, p99.9 and the shortest of single calls in microseconds (- where too few calls make a percentile), payload in
+GB/s (10^9 bytes, both ways for echo) and calls/s in the time of all calls, the path by the library's name, #wrong bytes and
+answers; with --limits the median of what a row cannot beat and the ratio to it; with --repeat the spread of the runs.
+JSON: schema farcall-bench/1 with machine, rows and limits; CSV: the same rows, their columns named in the first line.
+Exit codes: 0 ok, 1 wrong data, a regression or a failure, 2 usage, 3 --require not met, 130 or 143 interrupted.";
+
 /// Measures calls between processes: latency by percentiles, bandwidth, and whether the data is right.
 #[derive(Debug, clap::Args)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(args_conflicts_with_subcommands = true, after_help = FORMATS)]
 pub(crate) struct BenchArgs {
     #[command(subcommand)]
     command: Option<BenchCommand>,
