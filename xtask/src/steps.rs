@@ -62,9 +62,9 @@ pub(crate) const TOOLS: &[Tool] = &[
 /// How long an example or a demo may take; each is meant to take seconds.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 
-/// Instructions of one inline call with a small tensor, both ends and all threads, in user space. Measured: 14,480. More
+/// Instructions of one inline call with a small tensor, both ends and all threads, in user space. Measured: 15,162. More
 /// needs a reason in the commit that raises it.
-const INSTRUCTIONS_MAX: u64 = 15_000;
+const INSTRUCTIONS_MAX: u64 = 16_000;
 
 /// The time is for each of six decoders.
 const FUZZ_STEP: &str = "fuzz --seconds 20";
