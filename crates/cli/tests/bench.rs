@@ -172,6 +172,7 @@ fn a_path_that_is_not_taken_is_code_3() {
     assert_eq!(ended.code(), 3, "{ended:?}");
     assert!(ended.stderr.contains("the path is unix") || ended.stderr.contains("the path is shm"), "{}", ended.stderr);
     assert_eq!(tiny(&["--require", "unix", "--op", "call"]).code(), 0);
+    assert_eq!(tiny(&["--require", "shm", "--op", "sink"]).code(), 0);
 }
 
 #[test]
