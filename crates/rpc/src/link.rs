@@ -366,7 +366,10 @@ impl Link {
             return Err(ProtocolError::Malformed { what: "request", message });
         };
         let max = endpoint.driver().config().limits.requests_max;
-        let cancelled = self.serving.on_request(frame.call, endpoint.untaken_answers(), max)?;
+        let begun = self.serving.on_request(frame.call, endpoint.untaken_answers(), max);
+        // The answer that made room may have arrived before it was counted.
+        let cancelled =
+            begun.or_else(|_| self.serving.on_request(frame.call, endpoint.count_untaken_answers(), max))?;
         let unanswered = std::mem::take(&mut frame.unanswered);
         let endpoint = Arc::clone(endpoint);
         let mut reply = ReplyTo { endpoint, call: frame.call, answered: false, unanswered, serving: None };

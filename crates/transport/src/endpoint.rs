@@ -421,9 +421,15 @@ impl Endpoint {
         self.untaken.store(tx.answers.len(), Ordering::Release);
     }
 
-    /// Answers that the peer's socket has not taken: to their caller, these calls are not answered.
+    /// Answers that the peer's socket has not taken: to their caller, these calls are not answered. At times one too many: the
+    /// thread that wrote it may not have counted yet, while the peer has read it.
     pub fn untaken_answers(&self) -> usize {
         self.untaken.load(Ordering::Acquire)
+    }
+
+    /// The same without that: it waits for who writes now.
+    pub fn count_untaken_answers(&self) -> usize {
+        lock(&self.tx).answers.len()
     }
 
     /// The call's request is on its way in: its frame has come, its bulk payload has not.
