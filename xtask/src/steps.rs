@@ -28,11 +28,6 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("tls"), title: "TLS: its own tests, and what calls must do, encrypted", run: tls },
     Step { command: Some("streams"), title: "tests and demo on asynchronous streams, with the checker", run: streams },
     Step { command: Some("cuda"), title: "the CUDA backend against a fake driver", run: cuda },
-    Step {
-        command: Some("gpu-pack"),
-        title: "the pack for a machine with a GPU, tried against the fake driver",
-        run: gpu_pack::gpu_pack,
-    },
     Step { command: Some("sim"), title: "10,000 seeds of the simulation", run: sim },
     Step { command: Some("memcheck"), title: "the unsafe parts of `device` under valgrind", run: memcheck },
     Step { command: Some("callgrind"), title: "instructions of one call, counted by callgrind", run: callgrind },
@@ -56,6 +51,11 @@ pub(crate) struct Tool {
 
 pub(crate) const TOOLS: &[Tool] = &[
     Tool { command: "ptx", title: "writes the kernels' PTX, after a change of kernels/*.cu", run: ptx::run },
+    Tool {
+        command: "gpu-pack",
+        title: "the pack for a machine with a GPU, tried against the fake driver",
+        run: |_| gpu_pack::gpu_pack(),
+    },
     Tool { command: "fuzz", title: "mutations for a minute a decoder; OPTIONS as of farcall-fuzz", run: fuzz_with },
 ];
 
