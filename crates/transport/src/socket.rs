@@ -139,10 +139,15 @@ impl Socket {
         }
     }
 
-    /// Whether it is a Unix socket: descriptors can be passed.
+    /// Whether it is a Unix socket to another worker: descriptors can be passed. A TLS session's is not; that has no name at
+    /// either end.
     pub(crate) fn is_unix(&self) -> bool {
+        let is_named = |address: io::Result<SockAddr>| address.is_ok_and(|address| !address.is_unnamed());
         match self {
-            Self::System(socket) => socket.domain().is_ok_and(|domain| domain == socket2::Domain::UNIX),
+            Self::System(socket) => {
+                socket.domain().is_ok_and(|domain| domain == socket2::Domain::UNIX)
+                    && (is_named(socket.local_addr()) || is_named(socket.peer_addr()))
+            }
             Self::Simulated(_) => false,
         }
     }
