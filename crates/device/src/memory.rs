@@ -80,10 +80,7 @@ impl Slab {
         };
         let base = map(len, fd.as_ref().ok()).map_err(|errno| failed("mmap", errno))?;
         // Our own mapping stays writable. The seals stop resizing (a reader would get SIGBUS), holes and later writers (M3).
-        let fd = fd.and_then(|fd| {
-            let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL | SealFlags::FUTURE_WRITE;
-            rustix::fs::fcntl_add_seals(&fd, seals).map(|()| fd)
-        });
+        let fd = fd.and_then(sealed);
         if let Err(errno) = &fd {
             warn_unshared(*errno);
         }
@@ -379,6 +376,14 @@ fn warn_unshared(errno: Errno) {
             "memory that other processes cannot map: its tensors are copied to peers on this host; for descriptors, raise `ulimit -n`"
         );
     }
+}
+
+/// With every seal. Not inlined: the branch on the descriptor would be taken before it is known that there is one, which valgrind
+/// calls an error.
+#[inline(never)]
+fn sealed(fd: OwnedFd) -> Result<OwnedFd, Errno> {
+    let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL | SealFlags::FUTURE_WRITE;
+    rustix::fs::fcntl_add_seals(&fd, seals).map(|()| fd)
 }
 
 fn create_memfd(len: usize) -> rustix::io::Result<OwnedFd> {
