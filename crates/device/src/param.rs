@@ -136,7 +136,8 @@ impl<'a> ParamMut<'a> {
     fn new(param: &Param, mut guard: MutexGuard<'a, Option<Tensor>>, stream: &Stream) -> Result<Self, DeviceError> {
         let value = guard.take().expect("the value is back before the lock is released");
         // Only a storage that is exactly this tensor's can become a `TensorMut`.
-        let is_whole = value.layout().packed() == *value.layout() && value.storage().len() == value.layout().size_bytes();
+        let is_whole =
+            value.layout().packed() == *value.layout() && value.storage().len() == value.layout().size_bytes();
         if value.device() != stream.device() {
             let error = DeviceError::WrongDevice { expected: stream.device(), found: value.device() };
             *guard = Some(value);
