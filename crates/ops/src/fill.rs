@@ -70,7 +70,11 @@ pub fn arange(len: usize, stream: &Stream) -> Result<Tensor, OpError> {
     })
 }
 
-/// The elements in another dtype; the tensor itself if it has that already. See [`convert`](crate::convert) for the rounding.
+/// The elements in another dtype; the tensor itself if it has that already.
+///
+/// # Shapes and dtypes
+/// All pairs, as torch: to narrower reals to the nearest, ties to even; reals to integers towards zero; complex numbers without their
+/// imaginary part. What is out of an integer's range saturates and NaN becomes 0, but `u8` is reached by way of `i64` and wraps.
 ///
 /// # Errors
 /// [`OpError::Device`].
