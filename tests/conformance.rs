@@ -8,6 +8,7 @@ mod dtypes;
 mod errors;
 mod handlers;
 mod layouts;
+mod operators;
 mod order;
 mod sizes;
 mod slabs;

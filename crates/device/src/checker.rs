@@ -38,7 +38,8 @@ impl Default for Check {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Access {
-    /// What it was: `copy`, `fill`, `delay`, `launch`, `pack`, `read`, `freeze`, `token`, `free` or `host`.
+    /// What it was: `copy`, `fill`, `delay`, `launch`, `pack`, `read`, `freeze`, `token`, `free`, `host`, or the name
+    /// given to [`Stream::launch_many`](crate::Stream::launch_many).
     pub op: &'static str,
     /// The stream it was enqueued on.
     pub stream: StreamId,

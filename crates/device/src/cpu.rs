@@ -438,8 +438,11 @@ pub(crate) struct Op {
     pub(crate) ticket: u64,
     pub(crate) waits: Vec<Wait>,
     /// `None` only marks a point.
-    pub(crate) body: Option<Box<dyn FnOnce() + Send>>,
+    pub(crate) body: Option<Body>,
 }
+
+/// What an operation does, and how that ended.
+pub(crate) type Body = Box<dyn FnOnce() -> Outcome + Send>;
 
 /// A ticket that an operation waits for. It holds no runtime: what is enqueued must not keep alive who runs it.
 pub(crate) struct Wait {
@@ -485,9 +488,9 @@ impl Op {
         let outcome = match failed.or_else(|| work.progress.failure()) {
             Some(error) => Err(error),
             None => self.body.map_or(Ok(()), |body| {
-                catch_unwind(AssertUnwindSafe(body)).map_err(|_| DeviceError::Lost {
-                    device: work.device,
-                    reason: format!("the kernel of `{}` panicked", self.name).into(),
+                catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+                    let reason = format!("the kernel of `{}` panicked", self.name).into();
+                    Err(DeviceError::Lost { device: work.device, reason })
                 })
             }),
         };
@@ -555,18 +558,19 @@ impl Work {
 }
 
 /// A kernel with the bytes that it will find when it runs.
-pub(crate) fn body<F>(reads: Vec<Span>, write: Span, kernel: F) -> Box<dyn FnOnce() + Send>
+pub(crate) fn body<F>(reads: Vec<Span>, writes: Vec<Span>, kernel: F) -> Body
 where
-    F: FnOnce(&[&[u8]], &mut [u8]) + Send + 'static,
+    F: FnOnce(&[&[u8]], &mut [&mut [u8]]) -> Outcome + Send + 'static,
 {
     Box::new(move || {
         // SAFETY: the storages of `reads` hold this operation's event as a reader's fence and wait for it before their memory is
         // recycled or written (C3); the operation waited for their write (C1).
         let sources: Vec<&[u8]> = reads.iter().map(|span| unsafe { span.bytes() }).collect();
-        // SAFETY: the storage of `write` holds this operation's event as the fence of its write: until it passed, nobody is given
-        // the bytes, and the memory stays (C3). No other operation uses them, since this one waited for all earlier users (C1).
-        let target = unsafe { write.bytes_mut() };
-        kernel(&sources, target);
+        // SAFETY: the storages of `writes` hold this operation's event as the fence of their write: until it passed, nobody is given
+        // the bytes, and the memory stays (C3). No other operation uses them, since this one waited for all earlier users (C1). They
+        // are distinct, since each was borrowed mutably, and none is among `reads`, since those are frozen.
+        let mut targets: Vec<&mut [u8]> = writes.iter().map(|span| unsafe { span.bytes_mut() }).collect();
+        kernel(&sources, &mut targets)
     })
 }
 

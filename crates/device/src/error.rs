@@ -50,6 +50,14 @@ pub enum DeviceError {
         /// The status' name in the driver's documentation.
         name: &'static str,
     },
+    /// A kernel found that it cannot work on its bytes, such as an index that is out of range. What it was to write is unspecified.
+    #[error("`{op}` failed: {reason}")]
+    Kernel {
+        /// The operation.
+        op: &'static str,
+        /// What it found, and what to do about it.
+        reason: Arc<str>,
+    },
     /// The [`Promise`](crate::Promise) was dropped without a value: its producer panicked or gave up.
     #[error("the producer of this value went away without completing it")]
     BrokenPromise,

@@ -5,6 +5,7 @@
 //! - [`Slab`], [`HostPool`]: mapped memory, and its recycling by size class;
 //! - [`StorageMut`] → [`Storage`]: bytes that are written once, then shared, with the fences of their write and their reads;
 //! - [`TensorMut`] → [`Tensor`]: a dtype, shape and strides over a storage;
+//! - [`Param`]: a cell for a tensor that changes in steps;
 //! - [`Stream`], [`Event`]: an ordered queue of work, and a point in it;
 //! - [`DeviceFuture`], [`Promise`]: a value that is ready when all its storages are;
 //! - [`codec`]: serde values with tensors anywhere inside, as metadata bytes and tensors beside them;
@@ -62,6 +63,7 @@ mod memory;
 #[cfg(any(test, feature = "mutants"))]
 pub mod mutants;
 mod pack;
+mod param;
 mod pool;
 mod progress;
 mod runtime;
@@ -87,6 +89,7 @@ pub use future::{DeviceFuture, Fences, OnStreams, Ordered, Promise, Ready, Share
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutError, MAX_RANK};
 pub use memory::{ALIGN_BYTES, DescriptorPermit, Release, Slab, SlabRange, copy};
+pub use param::{Param, ParamMut};
 pub use pool::{HostBlock, HostPool, PoolStats};
 pub use runtime::{Config, Cuda, Runtime};
 pub use storage::{Storage, StorageMut};
@@ -108,6 +111,7 @@ mod auto_traits {
             Event,
             Token,
             Race,
+            Param,
             Runtime,
             DeviceError,
             CodecError,

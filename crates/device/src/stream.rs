@@ -195,7 +195,10 @@ impl Stream {
             let rows = Rows { count: 1, len: source.len(), source_step: source.len() };
             return self.through_cuda(device, |stream| stream.copy_rows("copy", source, 0, target, rows));
         }
-        self.run("copy", &[source], target, |sources, target| target.copy_from_slice(sources[0]))
+        self.run("copy", &[source], &mut [target], |sources, targets| {
+            targets[0].copy_from_slice(sources[0]);
+            Ok(())
+        })
     }
 
     /// Sets every byte of `target`.
@@ -208,7 +211,10 @@ impl Stream {
             let (space, len) = (target.space_mut()?, target.len());
             return self.run_on_cuda(tracked, cuda, "fill", &[], target, || cuda.fill(space, byte, len));
         }
-        self.run("fill", &[], target, move |_, target| target.fill(byte))
+        self.run("fill", &[], &mut [target], move |_, targets| {
+            targets[0].fill(byte);
+            Ok(())
+        })
     }
 
     /// As [`Stream::fill`], by this crate's own kernel on a CUDA device: for tests of the kernel.
@@ -232,7 +238,10 @@ impl Stream {
             return self.run_on_cuda(tracked, cuda, "delay", &[], &mut nothing, || cuda.delay(duration));
         }
         let duration = duration.min(Duration::from_secs(10));
-        self.run("delay", &[], &mut nothing, move |_, _| std::thread::sleep(duration))
+        self.run("delay", &[], &mut [&mut nothing], move |_, _| {
+            std::thread::sleep(duration);
+            Ok(())
+        })
     }
 
     /// Runs `kernel` on the bytes of `reads` and `write`, in stream order and after the fences of all of them.
@@ -254,7 +263,36 @@ impl Stream {
         if self.on_cuda().is_some() {
             return Err(DeviceError::Unsupported { what: "a kernel of the CPU", device: self.0.device });
         }
-        self.run("launch", reads, write, kernel)
+        self.run("launch", reads, &mut [write], |reads, writes| {
+            kernel(reads, writes[0]);
+            Ok(())
+        })
+    }
+
+    /// As [`Stream::launch`], for a kernel that writes any number of storages and may find that its bytes cannot be worked on,
+    /// such as an index that is out of range. Races are reported under the name `op`.
+    ///
+    /// # Errors
+    /// Those of [`Stream::launch`], and what the kernel returned: inline, from this call; in queued modes it is the failure of the
+    /// event behind the operation and, as any failure of a queued stream, of that stream's later work.
+    pub fn launch_many<F>(
+        &self,
+        op: &'static str,
+        reads: &[&Storage],
+        writes: &mut [&mut StorageMut],
+        kernel: F,
+    ) -> Result<(), DeviceError>
+    where
+        F: FnOnce(&[&[u8]], &mut [&mut [u8]]) -> Result<(), DeviceError> + Send + 'static,
+    {
+        let devices = reads.iter().map(|storage| storage.device());
+        for device in devices.chain(writes.iter().map(|storage| storage.device())) {
+            self.expect_own(device)?;
+        }
+        if self.on_cuda().is_some() {
+            return Err(DeviceError::Unsupported { what: op, device: self.0.device });
+        }
+        self.run(op, reads, writes, kernel)
     }
 
     /// Copies a view's elements, in row-major order, to fresh memory on `device`: a contiguous tensor of the same shape.
@@ -271,8 +309,9 @@ impl Stream {
             return self.pack_on_cuda(tensor, device);
         }
         let mut target = self.0.runtime.alloc(device, packed.size_bytes())?;
-        self.run("pack", &[tensor.storage()], &mut target, move |sources, target| {
-            crate::pack::pack(&layout, sources[0], target)
+        self.run("pack", &[tensor.storage()], &mut [&mut target], move |sources, targets| {
+            crate::pack::pack(&layout, sources[0], targets[0]);
+            Ok(())
         })?;
         Tensor::from_storage(target.freeze(self), packed)
     }
@@ -404,45 +443,57 @@ impl Stream {
         order
     }
 
-    fn run<F>(&self, op: &'static str, reads: &[&Storage], write: &mut StorageMut, kernel: F) -> Result<(), DeviceError>
+    fn run<F>(
+        &self,
+        op: &'static str,
+        reads: &[&Storage],
+        writes: &mut [&mut StorageMut],
+        kernel: F,
+    ) -> Result<(), DeviceError>
     where
-        F: FnOnce(&[&[u8]], &mut [u8]) + Send + 'static,
+        F: FnOnce(&[&[u8]], &mut [&mut [u8]]) -> Result<(), DeviceError> + Send + 'static,
     {
         let mut order = self.order();
         for storage in reads {
             self.follow(&mut order, storage.ready_event(), Edge::Fence);
         }
-        for fence in write.fences() {
+        for fence in writes.iter_mut().flat_map(|storage| storage.fences()) {
             self.follow(&mut order, fence, Edge::Fence);
         }
         let Some(tracked) = &self.0.tracked else {
-            self.run_now(order, reads, write, kernel)?;
+            self.run_now(order, reads, writes, kernel)?;
             let ticket = self.0.tickets.fetch_add(1, Ordering::AcqRel) + 1;
             // What was waited for is over, and nobody checks: the reads need no fence.
-            write.record_write(Event::complete_at(self.0.id, ticket), op);
+            for write in writes {
+                write.record_write(Event::complete_at(self.0.id, ticket), op);
+            }
             return Ok(());
         };
         tracked.engine.raise();
         let later = Access { op, stream: self.0.id, ticket: self.0.tickets.load(Ordering::Acquire) + 1 };
         let writers = reads.iter().map(|storage| (storage.writer(), true));
-        let mut order = self.check(order, later, writers.chain(write.users()));
+        let users = writes.iter_mut().flat_map(|storage| storage.users());
+        let mut order = self.check(order, later, writers.chain(users));
         let event = match &tracked.place {
             // Kernels of the CPU were refused, and all else does not come here.
             Place::Cuda(_) => return Err(DeviceError::Unsupported { what: op, device: self.0.device }),
             Place::Inline => {
-                self.run_now(order, reads, write, kernel)?;
+                self.run_now(order, reads, writes, kernel)?;
                 let mut order = self.order();
                 let ticket = self.pass_inline(tracked, &mut order);
                 Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone())
             }
             Place::Queued(work) => {
                 let sources = reads.iter().map(|storage| storage.span()).collect::<Result<_, _>>()?;
-                let body = cpu::body(sources, write.span()?, kernel);
+                let targets = writes.iter().map(|storage| storage.span()).collect::<Result<_, _>>()?;
+                let body = cpu::body(sources, targets, kernel);
                 let ticket = self.enqueue(tracked, work, &mut order, op, Some(body));
                 Event::at(self.0.id, ticket, Arc::clone(&tracked.lane), order.clock.clone())
             }
         };
-        write.record_write(event.clone(), op);
+        for write in writes {
+            write.record_write(event.clone(), op);
+        }
         for storage in reads {
             storage.push_reader(event.clone(), op, Some(&tracked.engine));
         }
@@ -454,8 +505,8 @@ impl Stream {
         &self,
         mut order: MutexGuard<'_, Order>,
         reads: &[&Storage],
-        write: &mut StorageMut,
-        kernel: impl FnOnce(&[&[u8]], &mut [u8]),
+        writes: &mut [&mut StorageMut],
+        kernel: impl FnOnce(&[&[u8]], &mut [&mut [u8]]) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
         order.waits.retain(|event| !event.is_complete());
         let behind = !order.waits.is_empty();
@@ -463,18 +514,25 @@ impl Stream {
         if behind {
             self.await_others(INLINE_WAIT_MAX)?;
         }
-        let target = write.device_bytes_mut()?;
+        let (mut one, mut several);
+        let targets: &mut [&mut [u8]] = if let [write] = writes {
+            one = [write.device_bytes_mut()?];
+            &mut one
+        } else {
+            let all = writes.iter_mut().map(|storage| storage.device_bytes_mut());
+            several = all.collect::<Result<Vec<_>, _>>()?;
+            &mut several
+        };
         let mut inline: [&[u8]; INLINE_READS] = [&[]; INLINE_READS];
         if let Some(slices) = inline.get_mut(..reads.len()) {
             for (slice, storage) in slices.iter_mut().zip(reads) {
                 *slice = storage.device_bytes()?;
             }
-            kernel(slices, target);
+            kernel(slices, targets)
         } else {
             let slices = reads.iter().map(|storage| storage.device_bytes()).collect::<Result<Vec<_>, _>>()?;
-            kernel(&slices, target);
+            kernel(&slices, targets)
         }
-        Ok(())
     }
 
     /// The ticket of what is over already.
@@ -493,7 +551,7 @@ impl Stream {
         work: &Work,
         order: &mut Order,
         name: &'static str,
-        body: Option<Box<dyn FnOnce() + Send>>,
+        body: Option<cpu::Body>,
     ) -> u64 {
         let ticket = self.0.tickets.fetch_add(1, Ordering::AcqRel) + 1;
         order.has_joined = false;

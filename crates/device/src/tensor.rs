@@ -74,6 +74,12 @@ impl Tensor {
         &self.storage
     }
 
+    /// The storage alone: for its sole holder, to write it again ([`Storage::try_unique`]).
+    #[must_use]
+    pub fn into_storage(self) -> Storage {
+        self.storage
+    }
+
     /// Dtype, shape, strides and offset.
     #[must_use]
     pub fn layout(&self) -> &Layout {

@@ -283,6 +283,46 @@ fn a_panicking_kernel_fails_its_stream_and_no_other() {
 }
 
 #[test]
+fn a_kernel_that_cannot_go_on_is_an_error_for_who_waits_and_for_no_other() {
+    for cpu in every_mode() {
+        let runtime = runtime(cpu);
+        let [first, second] = [(); 2].map(|()| runtime.stream(Device::HOST).unwrap());
+        let mut bytes = first.alloc(1).unwrap();
+        let refuse = |_: &[&[u8]], _: &mut [&mut [u8]]| {
+            Err(DeviceError::Kernel { op: "pick", reason: "index 9 of 4 rows".into() })
+        };
+        let outcome = first.launch_many("pick", &[], &mut [&mut bytes], refuse);
+        let outcome = outcome.and_then(|()| bytes.freeze(&first).ready_event().block(LONG));
+        assert_eq!(outcome.unwrap_err().to_string(), "`pick` failed: index 9 of 4 rows", "{cpu:?}");
+        filled(&second, 1).ready_event().block(LONG).unwrap();
+    }
+}
+
+#[test]
+fn a_kernel_writes_several_storages() {
+    for cpu in every_mode() {
+        let runtime = runtime(cpu);
+        let stream = runtime.stream(Device::HOST).unwrap();
+        let source = filled(&stream, 3);
+        let mut targets: Vec<_> = (0..9).map(|_| stream.alloc(16).unwrap()).collect();
+        let mut writes: Vec<_> = targets.iter_mut().collect();
+        let fill = |reads: &[&[u8]], writes: &mut [&mut [u8]]| {
+            for (index, write) in writes.iter_mut().enumerate() {
+                write.fill(reads[0][0] + index as u8);
+            }
+            Ok(())
+        };
+        stream.launch_many("spread", &[&source], &mut writes, fill).unwrap();
+        for (index, target) in targets.into_iter().enumerate() {
+            let target = target.freeze(&stream);
+            target.ready_event().block(LONG).unwrap();
+            assert_eq!(target.as_bytes().unwrap(), [3 + index as u8; 16], "{cpu:?}");
+        }
+        stream.launch_many("nothing", &[&source], &mut [], |_, _| Ok(())).unwrap();
+    }
+}
+
+#[test]
 fn streams_of_other_runtimes_are_waited_for() {
     for (other, cpu) in every_mode().flat_map(|cpu| [(cpu, CpuMode::Chaos { seed: 1 }), (cpu, CpuMode::Inline)]) {
         let [here, there] = [cpu, other].map(runtime);
