@@ -66,11 +66,11 @@ const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 /// needs a reason in the commit that raises it.
 const INSTRUCTIONS_MAX: u64 = 16_000;
 
-/// The time is for each of six decoders.
-const FUZZ_STEP: &str = "fuzz --seconds 20";
+/// The time is for each of seven decoders.
+const FUZZ_STEP: &str = "fuzz --jobs 2 --seconds 60";
 
 /// How long that may take: an input that hangs is found by this.
-const FUZZ_LIMIT: Duration = Duration::from_secs(300);
+const FUZZ_LIMIT: Duration = Duration::from_secs(420);
 
 /// Seeds of the simulation, and how long they may take.
 const SIM_SEEDS: u32 = 10_000;

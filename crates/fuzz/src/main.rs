@@ -4,8 +4,9 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use std::{env, fs, panic};
+use std::{env, fs, panic, thread};
 
 use farcall_fuzz::{Corpus, CountingAllocator, TARGETS, Target, Verdict, mutate};
 
@@ -18,6 +19,7 @@ const USAGE: &str = "usage: farcall-fuzz [OPTION…]
   --seconds N        how long, for each decoder (default 60)
   --seed N           the first seed (default: by the clock); with --iterations 1 it repeats a failure
   --iterations N     how many seeds, instead of a time
+  --jobs N           decoders at a time (default 1)
   --input FILE       this input alone; needs --target
   --write-golden     stores the golden inputs in the corpus";
 
@@ -30,6 +32,7 @@ struct Options {
     seconds: Option<u64>,
     seed: Option<u64>,
     iterations: Option<u64>,
+    jobs: Option<usize>,
     input: Option<PathBuf>,
     write_golden: bool,
 }
@@ -46,20 +49,30 @@ fn main() -> ExitCode {
     panic::set_hook(Box::new(|_| {}));
     let targets: Vec<&Target> =
         TARGETS.iter().filter(|one| options.target.is_none_or(|only| only.name == one.name)).collect();
-    for target in targets {
-        if let Err(error) = run(target, &options) {
-            println!("{}: FAILED: {error}", target.name);
-            return ExitCode::FAILURE;
+    // Memory is counted by thread, so that decoders may run beside each other.
+    let (next, failed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let work = || {
+        while let Some(target) = targets.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = run(target, &options) {
+                println!("{}: FAILED: {error}", target.name);
+                failed.fetch_add(1, Ordering::Relaxed);
+            }
         }
-    }
-    ExitCode::SUCCESS
+    };
+    thread::scope(|scope| {
+        for _ in 1..options.jobs.unwrap_or(1) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    if failed.into_inner() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
     let mut options = Options::default();
     while let Some(name) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| format!("{name} needs a value"));
-        let number = |text: String| text.parse().map_err(|_| format!("{text} is no number"));
+        let number = |text: String| text.parse::<u64>().map_err(|_| format!("{text} is no number"));
         match name.as_str() {
             "--target" => {
                 let value = value()?;
@@ -70,6 +83,7 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, Strin
             "--seconds" => options.seconds = Some(number(value()?)?),
             "--seed" => options.seed = Some(number(value()?)?),
             "--iterations" => options.iterations = Some(number(value()?)?),
+            "--jobs" => options.jobs = Some(number(value()?)? as usize),
             "--input" => options.input = Some(value()?.into()),
             "--write-golden" => options.write_golden = true,
             other => return Err(format!("{other} is no option")),
