@@ -20,8 +20,8 @@ pub use farcall_schema::{
     self as schema, FromValue, Kwargs, NoMatch, Ref, Refused, Schema, Value, ValueError, args, kwargs,
 };
 pub use farcall_transport::{
-    self as transport, Channel, CloseCause, Decision, JobKey, Limits, Route, StoreServer, Tls, Transport, WorkerId,
-    WorkerInfo,
+    self as transport, Channel, CloseCause, Decision, JobKey, Limits, Route, Spin, StoreServer, Tls, Transport,
+    WorkerId, WorkerInfo,
 };
 
 /// What a program that calls and serves functions needs.

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use farcall_device::Runtime;
 use farcall_transport::{
-    Driver, DriverConfig, EmbeddedStore, InterfaceChoice, JobKey, Limits, Store, StoreError, StoreLimits, StoreServer,
-    Tls, TransferError, Transport, WorkerId, WorkerInfo, gone_key, is_forked_child,
+    Driver, DriverConfig, EmbeddedStore, InterfaceChoice, JobKey, Limits, Spin, Store, StoreError, StoreLimits,
+    StoreServer, Tls, TransferError, Transport, WorkerId, WorkerInfo, gone_key, is_forked_child,
 };
 use tokio::sync::oneshot;
 
@@ -67,6 +67,9 @@ pub struct Options {
     pub transport: Transport,
     /// Whether tensors pass in shared memory to workers of the same user on this host, where the system lets them. Default: yes.
     pub slabs: bool,
+    /// Whether threads look for work a while before they sleep, which is faster and takes processor time. Default: while it is
+    /// seen to pay.
+    pub spin: Spin,
     /// A certificate for connections over TCP, which then are encrypted: all workers of the job have one of the same CA.
     /// Only in builds with the feature `tls`. The store has no TLS: beyond loopback it needs a `key`, too.
     pub tls: Option<Tls>,
@@ -117,6 +120,7 @@ impl Options {
             advertise: None,
             transport: Transport::default(),
             slabs: true,
+            spin: Spin::default(),
             tls: None,
             key: None,
             deadline: Duration::from_secs(60),
@@ -281,6 +285,7 @@ impl Agent {
             advertise,
             transport: options.transport,
             slabs: options.slabs,
+            spin: options.spin,
             tls: options.tls.clone(),
         };
         let driver = bind(&config, ports)?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use farcall_device::Runtime;
 use farcall_transport::sim::Host;
-use farcall_transport::{Driver, DriverConfig, TransferError, WorkerId, WorkerInfo};
+use farcall_transport::{Driver, DriverConfig, Spin, TransferError, WorkerId, WorkerInfo};
 
 use crate::agent::{Acceptor, Agent};
 use crate::call::lock;
@@ -69,6 +69,7 @@ impl Agent {
                 advertise: None,
                 transport: options.transport,
                 slabs: false,
+                spin: Spin::Off,
                 tls: None,
             },
             host,

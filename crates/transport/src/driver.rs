@@ -16,6 +16,7 @@ mod job;
 mod pool;
 mod simulated;
 mod sources;
+mod spin;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -36,6 +37,8 @@ pub(crate) use pool::BEATS_MISSED;
 use pool::{Pool, WATCH_TICK};
 pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
+pub(crate) use spin::Seen;
+pub use spin::Spin;
 
 use crate::endpoint::{Endpoint, lock};
 use crate::frame::Kind;
@@ -117,6 +120,8 @@ pub struct DriverConfig {
     pub slabs: bool,
     /// Connections over TCP are encrypted, and both sides show certificates.
     pub tls: Option<Tls>,
+    /// Whether threads look for work before they sleep.
+    pub spin: Spin,
 }
 
 /// See the module.
@@ -138,6 +143,12 @@ pub struct Driver {
     /// Endpoints with replies that wait for company. Shared, so that who takes the leading role from a busy thread sends
     /// what that thread has left behind.
     unflushed: Mutex<Vec<Arc<Endpoint>>>,
+    /// Endpoints whose rings the leader looks at by itself, because something came lately.
+    hot: Mutex<Vec<Arc<Endpoint>>>,
+    /// What leaders have seen of spinning.
+    spin: Seen,
+    /// Times that the leader has found something without asking the system.
+    looks: AtomicU32,
     next_token: AtomicU64,
     bulk_keys: Mutex<HashMap<u128, Weak<Endpoint>>>,
     pool: Mutex<Pool>,
@@ -211,6 +222,7 @@ impl Driver {
     fn with(config: DriverConfig, engine: Engine, listeners: Vec<Registration>) -> Arc<Self> {
         let greetings_max = accept::greetings_max(config.tls.is_some());
         let no_slabs = shm::no_slabs(config.slabs);
+        let spin = config.spin;
         if let Some(NoSlabs::Refused { reason }) = &no_slabs {
             tracing::warn!(reason, "tensors to workers on this host are copied");
         }
@@ -227,6 +239,9 @@ impl Driver {
             unproven: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
             unflushed: Mutex::default(),
+            hot: Mutex::default(),
+            spin: Seen::new(spin),
+            looks: AtomicU32::new(0),
             next_token: AtomicU64::new(FIRST_TOKEN),
             bulk_keys: Mutex::default(),
             pool: Mutex::new(Pool {

@@ -17,6 +17,7 @@
 
 mod bulk;
 mod encode;
+mod rings;
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -34,15 +35,17 @@ use rustix::io::Errno;
 use bulk::{Bulk, BulkLink, BulkRx, ENDED_MAX, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
 pub(crate) use encode::{encode_frame, encoded, greeting, read_greeting, write_greeting};
+use rings::{Bell, ended_with, only_bells};
 
 use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
 use crate::auth::{Acceptor, Dialer};
+use crate::driver::Seen;
 use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
-use crate::frame::{FEATURE_SLABS, HEADER_BYTES, Header, Kind, VERSION};
+use crate::frame::{FEATURE_RINGS, FEATURE_SLABS, HEADER_BYTES, Header, Kind, VERSION};
 use crate::planted::{self, Bug};
 use crate::receive::{Received, Receiver, Transfers};
-use crate::shm::{Borrower, Lender, Returns};
+use crate::shm::{Borrower, Lender, Returns, RingReader, RingWriter, Rings};
 use crate::sim::Census;
 use crate::socket::Socket;
 use crate::tcp::{self, Progress, Wait};
@@ -66,6 +69,12 @@ enum Status {
     Closed,
 }
 
+struct Rx {
+    receiver: Receiver,
+    /// Frames come by it, not by the socket.
+    ring: Option<RingReader>,
+}
+
 struct Tx {
     /// Encoded frames; `sent` bytes of them are with the kernel.
     wire: Vec<u8>,
@@ -77,6 +86,10 @@ struct Tx {
     next_transfer: u64,
     /// Interned functions announced on this connection, by id.
     announced: Vec<bool>,
+    /// The ring, and from where on, counted like `taken`, frames go by it.
+    ring: Option<(u64, RingWriter)>,
+    /// The driver waits until the socket takes more.
+    wants_out: bool,
     /// Slabs to pass, and where, counted like `taken`, the frames start that their descriptors go with.
     passing: VecDeque<(u64, Arc<Slab>)>,
 }
@@ -90,7 +103,7 @@ pub struct Endpoint {
     control: Registration,
     /// The dialer's side of the proof, until the welcome.
     proof: Mutex<Option<Dialer>>,
-    rx: Mutex<Receiver>,
+    rx: Mutex<Rx>,
     tx: Mutex<Tx>,
     bulk: Mutex<Bulk>,
     bulk_rx: Mutex<BulkRx>,
@@ -101,6 +114,19 @@ pub struct Endpoint {
     has_slabs: AtomicBool,
     lender: Mutex<Lender>,
     returns: Arc<Returns>,
+    /// Shared memory for frames, once there is some; `bell` once it is read.
+    rings: OnceLock<Arc<Rings>>,
+    bell: OnceLock<Arc<Bell>>,
+    /// Bytes of the ring that were read.
+    read: AtomicU64,
+    /// The socket beside the rings has ended.
+    ended: AtomicBool,
+    /// The leader looks at the ring by itself (W3).
+    pub(crate) hot: AtomicBool,
+    /// What callers that wait here have seen of spinning.
+    spin: Seen,
+    /// What the last heartbeat found in the rings.
+    signs: Mutex<(u32, u64)>,
     bulk_stalled: AtomicBool,
     /// The last heartbeat of this side before bytes of the peer came.
     heard: AtomicU32,
@@ -179,7 +205,7 @@ impl Endpoint {
             status: AtomicU8::new(status as u8),
             control: driver.register(socket),
             proof: Mutex::new(None),
-            rx: Mutex::new(Receiver::new(limits, driver.config().runtime.clone())),
+            rx: Mutex::new(Rx { receiver: Receiver::new(limits, driver.config().runtime.clone()), ring: None }),
             tx: Mutex::new(Tx {
                 wire: Vec::new(),
                 sent: 0,
@@ -187,6 +213,8 @@ impl Endpoint {
                 answers: VecDeque::new(),
                 next_transfer: 1,
                 announced: Vec::new(),
+                ring: None,
+                wants_out: false,
                 passing: VecDeque::new(),
             }),
             bulk: Mutex::new(Bulk {
@@ -203,6 +231,13 @@ impl Endpoint {
             has_slabs: AtomicBool::new(false),
             lender: Mutex::default(),
             returns: Arc::default(),
+            rings: OnceLock::new(),
+            bell: OnceLock::new(),
+            read: AtomicU64::new(0),
+            ended: AtomicBool::new(false),
+            hot: AtomicBool::new(false),
+            spin: Seen::new(driver.config().spin),
+            signs: Mutex::default(),
             bulk_stalled: AtomicBool::new(false),
             heard: AtomicU32::new(driver.beats()),
             unread: AtomicU64::new(0),
@@ -318,9 +353,8 @@ impl Endpoint {
             self.untaken.store(tx.answers.len(), Ordering::Release);
         }
         let queued = if bulk.is_empty() { Ok(()) } else { self.queue_bulk(&mut tx, bulk) };
-        let sent = queued.and_then(|()| {
-            if flush && self.status() == Status::Open { self.write_control(&mut tx).map_err(lost) } else { Ok(()) }
-        });
+        let sent = queued
+            .and_then(|()| if flush && self.status() == Status::Open { self.write_control(&mut tx) } else { Ok(()) });
         drop(tx);
         if let Err(cause) = sent {
             // The caller's waiters hear of it through `on_closed`, as with any later failure.
@@ -354,8 +388,8 @@ impl Endpoint {
             self.return_leases(&mut tx.wire);
             let written = self.write_control(&mut tx);
             drop(tx);
-            if let Err(error) = written {
-                self.close(CloseCause::PeerLost { source: Some(Arc::new(error.into())) });
+            if let Err(cause) = written {
+                self.close(cause);
             }
         }
         self.flush_bulk();
@@ -371,9 +405,10 @@ impl Endpoint {
     /// Sends what waits up to the next slab, whose descriptor goes with the first byte of its frame.
     fn send_some(&self, tx: &mut Tx) -> Result<Progress, Errno> {
         let until = |at: &u64| tx.sent + (*at - tx.taken) as usize;
+        let all = tx.ring.as_ref().map_or(tx.wire.len(), |(from, _)| until(from));
         match tx.passing.front() {
             Some((at, slab)) if *at == tx.taken => {
-                let end = tx.passing.get(1).map_or(tx.wire.len(), |(at, _)| until(at));
+                let end = tx.passing.get(1).map_or(all, |(at, _)| until(at).min(all));
                 let descriptor = slab.fd().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::BADF))?;
                 let progress = self.control.socket().send_with(&tx.wire[tx.sent..end], descriptor)?;
                 if let Progress::Bytes(1..) = progress {
@@ -381,26 +416,33 @@ impl Endpoint {
                 }
                 Ok(progress)
             }
-            Some((at, _)) => self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..until(at)])]),
-            None => self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..])]),
+            Some((at, _)) => self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..until(at).min(all)])]),
+            None => self.control.socket().send(&[IoSlice::new(&tx.wire[tx.sent..all])]),
         }
     }
 
-    fn write_control(&self, tx: &mut Tx) -> Result<(), Errno> {
+    fn write_control(&self, tx: &mut Tx) -> Result<(), CloseCause> {
         while tx.sent < tx.wire.len() {
-            match self.send_some(tx)? {
+            if tx.ring.as_ref().is_some_and(|(from, _)| tx.taken >= *from) {
+                let bell_fits = self.write_ring(tx)?;
+                if tx.sent < tx.wire.len() {
+                    // Else the receiver tells when there is room.
+                    self.want_out(tx, !bell_fits);
+                    trim(tx);
+                    self.count_taken(tx);
+                    return Ok(());
+                }
+                break;
+            }
+            match self.send_some(tx).map_err(lost)? {
                 Progress::Bytes(len) => {
                     tx.sent += len;
                     tx.taken += len as u64;
                     self.took.store(self.driver.beats(), Ordering::Relaxed);
                 }
                 Progress::WouldBlock | Progress::Ended => {
-                    if tx.sent > WIRE_KEPT_BYTES && tx.sent > tx.wire.len() / 2 {
-                        // A connection that never quite empties must not grow with its traffic.
-                        tx.wire.drain(..tx.sent);
-                        tx.sent = 0;
-                    }
-                    self.control.want(&self.driver, EventFlags::OUT, true);
+                    trim(tx);
+                    self.want_out(tx, true);
                     self.count_taken(tx);
                     return Ok(());
                 }
@@ -409,9 +451,16 @@ impl Endpoint {
         tx.wire.clear();
         tx.wire.shrink_to(WIRE_KEPT_BYTES);
         tx.sent = 0;
-        self.control.want(&self.driver, EventFlags::OUT, false);
+        self.want_out(tx, false);
         self.count_taken(tx);
         Ok(())
+    }
+
+    fn want_out(&self, tx: &mut Tx, on: bool) {
+        if tx.wants_out != on {
+            tx.wants_out = on;
+            self.control.want(&self.driver, EventFlags::OUT, on);
+        }
     }
 
     fn count_taken(&self, tx: &mut Tx) {
@@ -451,13 +500,22 @@ impl Endpoint {
             finish_connect(self.control.socket(), self.route())?;
             self.greet()?;
         }
+        if let Some(bell) = self.bell.get() {
+            return self.on_bell(bell, flags, turn);
+        }
         if flags.contains(EventFlags::OUT) && self.status() == Status::Open {
-            self.write_control(&mut lock(&self.tx)).map_err(lost)?;
+            self.write_control(&mut lock(&self.tx))?;
         }
         if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR)
             && let Ok(mut rx) = self.rx.try_lock()
         {
             self.read_control(&mut rx, Wait::No, turn)?;
+            let rings = rx.ring.is_some();
+            drop(rx);
+            if rings {
+                // Frames may have overtaken the socket's last.
+                self.leave_ring(turn)?;
+            }
         }
         Ok(())
     }
@@ -504,7 +562,7 @@ impl Endpoint {
             features: features & self.features(),
         };
         if welcome.features & FEATURE_SLABS != 0 {
-            self.start_slabs(&mut lock(&self.rx));
+            self.start_slabs(&mut lock(&self.rx).receiver);
         }
         let mut welcome = encoded(&welcome);
         if let Some(acceptor) = acceptor {
@@ -515,14 +573,14 @@ impl Endpoint {
         write_greeting(self.control.socket(), &greeting(Kind::Welcome, &welcome))?;
         let (from, to) = (Status::Greeting as u8, Status::Open as u8);
         if self.status.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-            self.write_control(&mut tx).map_err(lost)?;
+            self.write_control(&mut tx)?;
         }
         Ok(())
     }
 
     /// What this side can do on this connection, in a hello or a welcome.
     fn features(&self) -> u64 {
-        if self.offers_slabs { FEATURE_SLABS } else { 0 }
+        if self.offers_slabs { FEATURE_SLABS | FEATURE_RINGS } else { 0 }
     }
 
     /// Both sides pass slabs: from now on.
@@ -560,7 +618,7 @@ impl Endpoint {
     }
 
     /// Reads once, and hands on what came. With [`Wait::Tick`] it sleeps for the first byte.
-    fn read_control(self: &Arc<Self>, rx: &mut Receiver, wait: Wait, turn: &mut Turn) -> Result<(), CloseCause> {
+    fn read_control(self: &Arc<Self>, rx: &mut Rx, wait: Wait, turn: &mut Turn) -> Result<(), CloseCause> {
         if !self.offers_slabs {
             let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
             let (progress, bytes) = self.control.socket().recv(&mut buffer, wait).map_err(lost)?;
@@ -575,7 +633,7 @@ impl Endpoint {
         let read =
             self.control.socket().recv_with(&mut buffer, wait).map_err(lost).and_then(|(progress, descriptor)| {
                 if let Some(descriptor) = descriptor {
-                    rx.on_descriptor(descriptor)?;
+                    rx.receiver.on_descriptor(descriptor)?;
                 }
                 let len = if let Progress::Bytes(len) = progress { len } else { 0 };
                 self.on_bytes(rx, progress, &buffer[..len], turn)
@@ -587,31 +645,32 @@ impl Endpoint {
 
     fn on_bytes(
         self: &Arc<Self>,
-        rx: &mut Receiver,
+        rx: &mut Rx,
         progress: Progress,
         bytes: &[u8],
         turn: &mut Turn,
     ) -> Result<(), CloseCause> {
         match progress {
             Progress::WouldBlock => return Ok(()),
-            Progress::Ended => {
-                return Err(match rx.missing_bytes() {
-                    0 => CloseCause::PeerLost { source: None },
-                    missing_bytes => ProtocolError::TruncatedFrame { missing_bytes }.into(),
-                });
-            }
-            Progress::Bytes(_) => self.hear(),
+            Progress::Ended => return Err(ended_with(&rx.receiver)),
+            // Of a ring, the heartbeat sees what is written.
+            Progress::Bytes(_) if rx.ring.is_none() => self.hear(),
+            Progress::Bytes(_) => {}
         }
         let mut input = bytes;
-        while let Some(received) = rx.feed(&mut input)? {
+        while let Some(received) = rx.receiver.feed(&mut input)? {
             match received {
+                Received::Frame(frame) if frame.kind == Kind::Rings && self.status() == Status::Open => {
+                    self.on_rings(rx)?;
+                    return Ok(only_bells(input)?);
+                }
                 Received::Frame(frame) => {
                     let welcome = frame.kind == Kind::Welcome;
                     self.deliver(frame, turn)?;
                     if welcome {
-                        rx.set_limits(self.driver.config().limits.clone());
+                        rx.receiver.set_limits(self.driver.config().limits.clone());
                         if self.has_slabs.load(Ordering::Acquire) {
-                            self.start_slabs(rx);
+                            self.start_slabs(&mut rx.receiver);
                         }
                     }
                 }
@@ -692,6 +751,7 @@ impl Endpoint {
         }
         self.watch_life();
         let mut tx = lock(&self.tx);
+        self.send_rings(&mut tx, welcome.features)?;
         let mut bulk = lock(&self.bulk);
         bulk.key = welcome.bulk_key;
         let (from, to) = (Status::Greeting as u8, Status::Open as u8);
@@ -702,7 +762,7 @@ impl Endpoint {
             self.dial_bulk(&mut bulk)?;
         }
         drop(bulk);
-        self.write_control(&mut tx).map_err(lost)
+        self.write_control(&mut tx)
     }
 
     /// Drives this endpoint from a thread that blocks for something it brings, until `done` or `deadline`.
@@ -716,11 +776,20 @@ impl Endpoint {
             return false;
         }
         let Ok(mut rx) = self.rx.try_lock() else { return false };
-        self.control.want(&self.driver, EventFlags::IN, false);
         let mut turn = Turn::default();
+        if rx.ring.is_some() {
+            let driven = self.drive_ring(&mut rx, &mut turn, done, deadline);
+            drop(rx);
+            if let Err(cause) = driven.and_then(|()| self.leave_ring(&mut turn)) {
+                self.close(cause);
+            }
+            self.driver.finish_turn(&mut turn);
+            return done();
+        }
+        self.control.want(&self.driver, EventFlags::IN, false);
         let mut failed = None;
         // What a bulk connection completes, the driver's leader reads: no reason to sleep here then.
-        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() {
+        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() && rx.ring.is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -739,7 +808,11 @@ impl Endpoint {
         }
         // Before another may read: it would be disturbed by the leader.
         self.control.want(&self.driver, EventFlags::IN, true);
+        let rings = rx.ring.is_some();
         drop(rx);
+        if rings && failed.is_none() {
+            failed = self.leave_ring(&mut turn).err();
+        }
         if let Some(cause) = failed {
             self.close(cause);
         }
@@ -775,7 +848,7 @@ impl Endpoint {
 
     /// Whether the peer has sent what is not read yet, or has closed.
     pub(crate) fn has_unread(&self) -> bool {
-        self.poll_readable(Duration::ZERO).unwrap_or(true)
+        self.has_ring_bytes() || self.poll_readable(Duration::ZERO).unwrap_or(true)
     }
 
     /// Bytes were read: the peer lives, unless they have lain here since the last heartbeat, which has counted them.
@@ -790,6 +863,13 @@ impl Endpoint {
     /// Nothing was read since the last heartbeat. Who is not read, because a handler holds the reader up, still lives if more has
     /// come of it meanwhile, or may be kept from sending more. Gives why it is lost, if it is.
     fn judge_silence(&self, beat: u32) -> Option<CloseCause> {
+        if let Some(rings) = self.rings.get() {
+            let signs = rings.signs();
+            if std::mem::replace(&mut *lock(&self.signs), signs) != signs {
+                // Since the last heartbeat.
+                self.heard.store(beat.wrapping_sub(1), Ordering::Relaxed);
+            }
+        }
         let unread = self.control.socket().unread_bytes().unwrap_or(0);
         if unread > self.unread.swap(unread, Ordering::Relaxed) || unread >= FULL_BYTES {
             self.heard.store(beat, Ordering::Relaxed);
@@ -797,7 +877,7 @@ impl Endpoint {
         if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) < BEATS_MISSED {
             return None;
         }
-        let ended = unread == 0 && self.has_unread();
+        let ended = unread == 0 && !self.has_ring_bytes() && self.has_unread();
         Some(if ended {
             CloseCause::PeerLost { source: None }
         } else {
@@ -817,6 +897,10 @@ impl Endpoint {
         {
             return self.close(cause);
         }
+        if let Some(rings) = self.rings.get() {
+            // A count that the peer looks at: nobody is woken.
+            rings.beat();
+        }
         let Ok(mut tx) = self.tx.try_lock() else { return };
         let backlog = tx.wire.len() - tx.sent;
         if backlog > self.driver.config().limits.backlog_bytes_max
@@ -833,15 +917,18 @@ impl Endpoint {
             }
             self.return_leases(&mut tx.wire);
         }
+        if let Some((_, ring)) = &mut tx.ring {
+            ring.release_idle_pages();
+        }
         // Bytes that wait to leave will say the same.
         if idle && self.cause.get().is_none() {
-            for _ in 0..self.driver.copies(Kind::Ping) {
+            for _ in 0..if tx.ring.is_none() { self.driver.copies(Kind::Ping) } else { 0 } {
                 tx.wire.extend_from_slice(Header::new(Kind::Ping).as_bytes());
             }
             let written = self.write_control(&mut tx);
             drop(tx);
-            if let Err(error) = written {
-                self.close(lost(error));
+            if let Err(cause) = written {
+                self.close(cause);
             }
         }
     }
@@ -914,7 +1001,12 @@ impl Endpoint {
             if before == Status::Open as u8 {
                 let mut tx = lock(&self.tx);
                 if self.write_control(&mut tx).is_ok() && tx.sent == tx.wire.len() {
-                    let _ = write_greeting(self.control.socket(), &goodbye);
+                    if tx.ring.is_some() {
+                        tx.wire.extend_from_slice(&goodbye);
+                        let _ = self.write_control(&mut tx);
+                    } else {
+                        let _ = write_greeting(self.control.socket(), &goodbye);
+                    }
                 }
             } else if before == Status::Greeting as u8 && matches!(*cause, CloseCause::Auth(_)) {
                 // What waits in `tx` is for who has proven the key.
@@ -940,7 +1032,14 @@ impl Endpoint {
             // Nothing is to come: a caller that sleeps in its read wakes at once.
             let _ = self.control.socket().shutdown(Shutdown::Both);
         }
+        if let Some(rings) = self.rings.get() {
+            rings.rouse();
+        }
         self.driver.linger(&self.control);
+        if self.ended.load(Ordering::SeqCst) {
+            // Its end was seen already, and will not be again.
+            self.driver.remove(&self.control);
+        }
         if let Some(peer) = self.peer.get() {
             peer.on_closed(self, &cause);
         }
@@ -958,7 +1057,7 @@ impl Endpoint {
 
     /// Adds what this endpoint holds, for simulations: they look for what is left over.
     pub(crate) fn count(&self, census: &mut Census) {
-        let unanswered_bytes = lock(&self.rx).unanswered_bytes();
+        let unanswered_bytes = lock(&self.rx).receiver.unanswered_bytes();
         census.unanswered_bytes += unanswered_bytes;
         census.unanswered_bytes_max = census.unanswered_bytes_max.max(unanswered_bytes);
         census.parked += lock(&self.transfers).len();
@@ -991,6 +1090,14 @@ impl Endpoint {
 
 pub(crate) fn lost(error: Errno) -> CloseCause {
     CloseCause::PeerLost { source: Some(Arc::new(io::Error::from(error))) }
+}
+
+/// A connection that never quite empties must not grow with its traffic.
+fn trim(tx: &mut Tx) {
+    if tx.sent > WIRE_KEPT_BYTES && tx.sent > tx.wire.len() / 2 {
+        tx.wire.drain(..tx.sent);
+        tx.sent = 0;
+    }
 }
 
 /// The outcome of a connect that made the socket writable.

@@ -81,6 +81,9 @@ pub enum ProtocolError {
     /// A tensor that is not all in its slab.
     #[error("a tensor of {len} bytes at {offset} of slab {slab}, which has {slab_bytes}")]
     OutsideSlab { slab: u64, offset: u64, len: u64, slab_bytes: u64 },
+    /// Rings that cannot be mapped safely, or into which somebody has written.
+    #[error("the rings are refused: {reason}")]
+    Rings { reason: &'static str },
     /// A lease returned that was not out.
     #[error("lease {lease} was returned, and is not out")]
     Lease { lease: u64 },

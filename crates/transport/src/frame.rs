@@ -35,6 +35,8 @@ pub const VERSION: u8 = 1;
 
 /// What a build can do beyond its version, a bit each. This one: tensors pass in slabs that the receiver maps; see `shm`.
 pub(crate) const FEATURE_SLABS: u64 = 1;
+/// Frames pass in rings of shared memory; see `shm::ring`.
+pub(crate) const FEATURE_RINGS: u64 = 2;
 
 /// What a frame is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,6 +71,9 @@ pub enum Kind {
     Retire = 13,
     /// Tensors that lay in the receiver's slabs are not used any more: the metadata are their leases, a u64 each.
     Release = 14,
+    /// The sender's last frame by the socket: what follows is in the ring. The dialer's brings the descriptor of both; see
+    /// `shm::ring`.
+    Rings = 15,
     /// The acceptor's answer to a [`Kind::Hello`] when there is a job key; see `auth`.
     Challenge = 20,
     /// The dialer's answer to a [`Kind::Challenge`].
@@ -81,7 +86,7 @@ impl Kind {
         use Kind::*;
         [
             Hello, Welcome, Function, Request, Reply, Error, Cancel, Close, OpenBulk, Chunk, Ping, Slab, Retire,
-            Release, Challenge, Proof,
+            Release, Rings, Challenge, Proof,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == code)

@@ -2,7 +2,8 @@
 //!
 //! - [`Driver`]: one per agent. Sockets in one epoll set, led by one thread of a small pool at a time; a caller that
 //!   blocks for a reply drives its own endpoint instead. It accepts, dials, keeps time and runs jobs.
-//! - [`Endpoint`]: the control path to one peer, and its bulk connection for payload above the inline limit.
+//! - [`Endpoint`]: the control path to one peer, by a socket or by rings of shared memory (`shm::ring`), and its bulk connection
+//!   for payload above the inline limit.
 //! - [`Passing`]: how tensors reach a peer: in slabs that both processes map (`shm`), else through sockets.
 //! - [`Frame`], [`Outbound`]: what arrives and what is sent; [`frame::Header`] is the wire.
 //! - [`Store`]: where workers find each other.
@@ -41,6 +42,7 @@ pub mod sim;
 mod socket;
 mod store;
 mod strangers;
+mod sync;
 mod tcp;
 #[cfg(feature = "tls")]
 mod tls;
@@ -50,7 +52,7 @@ mod tls;
 mod tls_error;
 
 pub use address::{Limits, Route, WorkerId, WorkerInfo};
-pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
+pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Spin, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
 pub use farcall_device::is_forked_child;

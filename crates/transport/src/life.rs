@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::thread::ClockId;
@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::endpoint::{Endpoint, lock};
 use crate::key::fresh;
+use crate::shm::memory_file;
 
 /// Of a page: the futex's word, then the process's id in this protocol.
 const ID_AT: usize = 16;
@@ -65,13 +66,7 @@ pub(crate) fn own() -> Option<LifeAddress> {
 
 /// Makes the page, and starts the thread that holds its futex for as long as the process lives.
 fn live() -> io::Result<(OwnedFd, u128)> {
-    // MFD_NOEXEC_SEAL (Linux 6.3), which rustix does not name yet; some systems refuse a memfd without it.
-    const NOEXEC_SEAL: MemfdFlags = MemfdFlags::from_bits_retain(0x0008);
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let fd = match rustix::fs::memfd_create(c"farcall-life", flags | NOEXEC_SEAL) {
-        Err(Errno::INVAL) => rustix::fs::memfd_create(c"farcall-life", flags)?,
-        other => other?,
-    };
+    let fd = memory_file(c"farcall-life")?;
     rustix::fs::ftruncate(&fd, PAGE_BYTES as u64)?;
     let page = Page::map(&fd, ProtFlags::READ | ProtFlags::WRITE)?;
     let mut id = [0; 16];
@@ -327,6 +322,8 @@ fn bury(dead: Vec<Watched>) {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::MemfdFlags;
+
     use super::*;
 
     /// The word of a thread's page tells its death, and wakes who sleeps on it.

@@ -128,13 +128,19 @@ pub(crate) struct Receiver {
     borrower: Option<Borrower>,
     /// Those that came with bytes so far, and whose frames did not.
     descriptors: VecDeque<OwnedFd>,
+    /// Where others come from, of frames that do not come by the socket.
+    more_descriptors: Option<DescriptorSource>,
 }
+
+/// Gives the next descriptor that the peer has passed.
+pub(crate) type DescriptorSource = Box<dyn FnMut() -> Option<OwnedFd> + Send>;
 
 impl Receiver {
     pub(crate) fn new(limits: Limits, runtime: Runtime) -> Self {
         let inflow = Arc::default();
         let (head, state) = ([0; HEADER_BYTES], State::Head);
-        Self { limits, runtime, head, head_len: 0, state, inflow, borrower: None, descriptors: VecDeque::new() }
+        let (borrower, descriptors, more_descriptors) = (None, VecDeque::new(), None);
+        Self { limits, runtime, head, head_len: 0, state, inflow, borrower, descriptors, more_descriptors }
     }
 
     /// Tensor bytes of the peer's requests that are not answered.
@@ -159,10 +165,21 @@ impl Receiver {
         Ok(())
     }
 
+    /// From the next frame on, descriptors do not come with the bytes.
+    pub(crate) fn take_descriptors_from(&mut self, source: DescriptorSource) {
+        self.more_descriptors = Some(source);
+    }
+
+    /// The descriptor that came with the frame at hand.
+    pub(crate) fn descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptors.pop_front().or_else(|| self.more_descriptors.as_mut()?())
+    }
+
     /// The frames that are this side's alone.
     fn on_slab_frame(&mut self, header: &Header, kind: Kind) -> Result<(), CloseCause> {
+        let descriptor = if kind == Kind::Slab && self.borrower.is_some() { self.descriptor() } else { None };
         match (kind, &mut self.borrower) {
-            (Kind::Slab, Some(borrower)) => borrower.on_slab(header.call, header.offset, self.descriptors.pop_front()),
+            (Kind::Slab, Some(borrower)) => borrower.on_slab(header.call, header.offset, descriptor),
             (Kind::Retire, Some(borrower)) => Ok(borrower.on_retire(header.call)?),
             (Kind::Slab | Kind::Retire, None) => {
                 Err(ProtocolError::Unexpected { kind, expected: "no slab on this connection" }.into())

@@ -28,20 +28,24 @@
 #![expect(unsafe_code, reason = "maps memory of other processes")]
 
 mod borrower;
+mod lane;
 mod lender;
+mod ring;
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use farcall_device::{DescriptorPermit, Device, DeviceError, Kept, Release, Slab, Storage, is_forked_child};
-use rustix::fs::SealFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 pub(crate) use borrower::{Borrower, Returns, read_release};
 pub(crate) use lender::Lender;
+pub(crate) use ring::{RingReader, RingWriter, Rings, Sleeper};
 
 use crate::{CloseCause, NoSlabs, ProtocolError};
 
@@ -58,6 +62,17 @@ pub fn no_slabs(wanted: bool) -> Option<NoSlabs> {
     let shared = slab
         .and_then(|slab| slab.slab().fd().map(drop).map_err(|error| format!("its memory cannot be shared: {error}")));
     shared.err().map(|reason| NoSlabs::Refused { reason })
+}
+
+/// An empty file in memory that can be sealed.
+pub(crate) fn memory_file(name: &CStr) -> Result<OwnedFd, Errno> {
+    // MFD_NOEXEC_SEAL (Linux 6.3), which rustix does not name yet; some systems refuse a memfd without it.
+    const NOEXEC_SEAL: MemfdFlags = MemfdFlags::from_bits_retain(0x0008);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    match rustix::fs::memfd_create(name, flags | NOEXEC_SEAL) {
+        Err(Errno::INVAL) => rustix::fs::memfd_create(name, flags),
+        created => created,
+    }
 }
 
 /// A peer's slab, mapped to be read.

@@ -206,6 +206,9 @@ settings! {
             draft.options.slabs = match text { "auto" => true, "off" => false, _ => return None };
             Some(())
         };
+    "spin", "FARCALL_SPIN", Kind::Text("`auto`, `on` or `off`"), "auto",
+        "threads look for work a while before they sleep: while it is seen to pay, always, or never",
+        |draft, text| text.parse().ok().map(|spin| draft.options.spin = spin);
     "interface", "FARCALL_INTERFACE", INTERFACE, "",
         "the network interface whose address this worker listens on; `NCCL_SOCKET_IFNAME` if there is none",
         |draft, text| text.parse().ok().map(|interface| draft.options.interface = Some(interface));

@@ -76,6 +76,11 @@ impl Turn {
         self.jobs.push(job);
     }
 
+    /// Nothing was gathered.
+    pub(super) fn is_empty(&self) -> bool {
+        self.jobs.is_empty() && self.dirty.is_empty()
+    }
+
     pub(crate) fn flush_later(&mut self, endpoint: &Arc<Endpoint>) {
         if !self.dirty.iter().any(|dirty| Arc::ptr_eq(dirty, endpoint)) {
             self.dirty.push(Arc::clone(endpoint));

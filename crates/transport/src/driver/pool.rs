@@ -20,7 +20,8 @@ use rustix::time::{Itimerspec, TimerfdTimerFlags, timerfd_settime};
 use super::engine::Engine;
 use super::job::{Job, Turn};
 use super::{Driver, EVENTS, LISTENERS, WAKE};
-use crate::endpoint::lock;
+use crate::CloseCause;
+use crate::endpoint::{Endpoint, lock};
 
 /// Heartbeats that may be missed in a row: the next one ends the connection.
 pub(crate) const BEATS_MISSED: u32 = 4;
@@ -32,6 +33,10 @@ const WATCH_IDLE_TICKS: u32 = 20;
 const FLUSH_AFTER: Duration = Duration::from_micros(20);
 /// How long a thread without work stays.
 const IDLE_EXIT: Duration = Duration::from_secs(5);
+/// A wait that is none.
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+/// Finds in rings until the system is asked for events.
+const LOOKS: u32 = 32;
 
 thread_local! {
     /// The driver whose job this thread runs.
@@ -108,6 +113,7 @@ impl Driver {
             let backlog = {
                 let pool = lock(&self.pool);
                 if pool.stop {
+                    lock(&self.hot).clear();
                     return;
                 }
                 self.may_run(&pool)
@@ -171,8 +177,20 @@ impl Driver {
 
     /// Waits for events, unless jobs wait already, and hands them to their sources.
     fn poll(self: &Arc<Self>, backlog: bool, turn: &mut Turn) {
+        let mut timeout = self.timeout(backlog);
+        let idle = timeout.is_none_or(|timeout| timeout != NOW);
+        let began = idle.then(Instant::now);
+        if self.look_at_hot(began, turn) {
+            self.sleeping_until_us.store(0, Ordering::SeqCst);
+            // Sockets and timers have their turn, too.
+            if self.looks.fetch_add(1, Ordering::Relaxed) % LOOKS != LOOKS - 1 {
+                return;
+            }
+            timeout = Some(NOW);
+        } else if idle && self.cool_all(turn) {
+            timeout = Some(NOW);
+        }
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); EVENTS];
-        let timeout = self.timeout(backlog);
         let ready = match epoll::wait(&self.system().epoll, &mut events, timeout.as_ref()) {
             Ok((ready, _)) => &*ready,
             Err(Errno::INTR) => &[],
@@ -182,6 +200,9 @@ impl Driver {
             }
         };
         self.sleeping_until_us.store(0, Ordering::SeqCst);
+        if let (Some(began), false) = (began, ready.is_empty()) {
+            self.spin.waited(began);
+        }
         for event in ready {
             let (token, flags) = (event.data.u64(), event.flags);
             match token {
@@ -197,14 +218,57 @@ impl Driver {
         }
     }
 
+    /// Looks at the rings in which something came lately: for a while from `idle` on, if there is nothing else to do. Whether
+    /// there was something.
+    fn look_at_hot(self: &Arc<Self>, idle: Option<Instant>, turn: &mut Turn) -> bool {
+        let hot = std::mem::take(&mut *lock(&self.hot));
+        if hot.is_empty() {
+            return false;
+        }
+        let any = || hot.iter().any(|endpoint| endpoint.has_ring_bytes());
+        let pays = || !hot.iter().any(|endpoint| endpoint.shares_processor());
+        let found = any() || idle.is_some_and(|began| pays() && self.spin.look(began, any));
+        if found {
+            if let Some(began) = idle {
+                self.spin.waited(began);
+            }
+            for endpoint in hot.iter().filter(|endpoint| endpoint.has_ring_bytes()) {
+                if catch_unwind(AssertUnwindSafe(|| endpoint.look_at_ring(turn))).is_err() {
+                    crate::limited!(error, "a panic while a connection was served; it is closed");
+                    endpoint.close(CloseCause::PeerLost { source: None });
+                }
+            }
+        }
+        lock(&self.hot).extend(hot);
+        found
+    }
+
+    /// The leader will sleep: rings that are written meanwhile must wake it. Whether one was already.
+    fn cool_all(self: &Arc<Self>, turn: &mut Turn) -> bool {
+        let hot = std::mem::take(&mut *lock(&self.hot));
+        let mut found = false;
+        for endpoint in hot {
+            found |= endpoint.has_ring_bytes();
+            endpoint.cool(turn);
+        }
+        found || !turn.is_empty()
+    }
+
+    /// The leader has something to do with the ring of `endpoint`, and looks at it by itself until it has had nothing to do.
+    pub(crate) fn heat(&self, endpoint: &Arc<Endpoint>) {
+        if !endpoint.hot.swap(true, Ordering::SeqCst) {
+            lock(&self.hot).push(Arc::clone(endpoint));
+        }
+    }
+
     fn timeout(&self, backlog: bool) -> Option<Timespec> {
         if backlog {
-            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+            return Some(NOW);
         }
         // Published before the timer is read: a timer set in between either is seen here or sees the sleeper.
         self.sleeping_until_us.store(u64::MAX, Ordering::SeqCst);
         if !lock(&self.unflushed).is_empty() {
-            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+            return Some(NOW);
         }
         let next = self.next_timer_us.load(Ordering::SeqCst);
         if next == u64::MAX {

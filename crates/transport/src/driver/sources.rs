@@ -204,6 +204,11 @@ impl Driver {
         self.engine.delete(registration.socket());
     }
 
+    /// Its events are not asked for any more.
+    pub(crate) fn unwatch(&self, registration: &Registration) {
+        self.engine.delete(registration.socket());
+    }
+
     /// Without the registration: its sockets end with the last who holds them.
     fn forget(&self, token: u64) {
         let source = lock(&self.sources).by_token.remove(&token);

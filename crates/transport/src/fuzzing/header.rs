@@ -23,7 +23,7 @@ fn is_allowed(bytes: &[u8; HEADER_BYTES]) -> bool {
     let tensors = at(28, 2);
     let payload_max = if bytes[5] == Kind::Chunk as u8 { limits.chunk_bytes_max } else { limits.inline_bytes_max };
     bytes.starts_with(b"FCL1\x01")
-        && matches!(bytes[5], 1..=14 | 20 | 21)
+        && matches!(bytes[5], 1..=15 | 20 | 21)
         && at(6, 2) == 0
         && at(56, 8) == 0
         && at(20, 4) <= limits.metadata_bytes_max
@@ -56,6 +56,7 @@ pub fn golden() -> Vec<Golden> {
         ("slab", Slab),
         ("retire", Retire),
         ("release", Release),
+        ("rings", Rings),
         ("challenge", Challenge),
         ("proof", Proof),
     ];
@@ -73,9 +74,9 @@ pub fn golden() -> Vec<Golden> {
     let mut golden: Vec<Golden> =
         plain.map(|(name, kind)| (name, Header::new(kind).as_bytes().to_vec())).into_iter().collect();
     golden.push(("full", full.as_bytes().to_vec()));
-    golden.push(("refused-kind-15", {
+    golden.push(("refused-kind-16", {
         let mut bytes = full.as_bytes().to_vec();
-        bytes[5] = 15;
+        bytes[5] = 16;
         bytes
     }));
     golden

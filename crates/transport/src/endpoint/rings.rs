@@ -1,0 +1,344 @@
+//! The control connection between workers of one host: frames in rings of shared memory, the socket beside them.
+//!
+//! Once both sides read the rings (`shm::ring`), bytes on the socket mean nothing but "look": the driver, which sleeps on it, reads
+//! them, sees to what waits for room, and to the ring if nobody else does. Who reads the ring holds `rx`, as of a socket, and *leaves*
+//! it in the end: either what comes next wakes the driver, or the endpoint is *hot* and the leader looks by itself.
+//! Invariant D1: as of a socket. Invariant W3: a ring is left by whoever let go of it last, or is hot.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use rustix::event::epoll::EventFlags;
+
+use super::{Endpoint, Rx, Status, Tx, lock, lost};
+use crate::driver::{Registration, Turn};
+use crate::frame::{FEATURE_RINGS, Header, Kind};
+use crate::receive::Receiver;
+use crate::shm::{RingReader, RingWriter, Rings, Sleeper};
+use crate::tcp::{Progress, Wait};
+use crate::{CloseCause, ProtocolError, tcp};
+
+/// Bytes that are read of a ring at a time.
+const BATCH_BYTES: usize = 32 << 10;
+/// Batches until others have their turn.
+const BATCHES: usize = 8;
+/// Reads of the socket until others have theirs.
+const BELLS: usize = 16;
+
+/// What the socket brings beside rings.
+pub(super) struct Bell {
+    socket: Registration,
+    /// Of slabs whose frames were not read yet.
+    descriptors: Mutex<VecDeque<OwnedFd>>,
+    descriptors_max: u64,
+}
+
+impl Bell {
+    /// Reads what has come; whether the connection has ended.
+    fn listen(&self) -> Result<bool, CloseCause> {
+        let mut descriptors = lock(&self.descriptors);
+        let mut bytes = [0; 64];
+        for _ in 0..BELLS {
+            let (progress, descriptor) = self.socket.socket().recv_with(&mut bytes, Wait::No).map_err(lost)?;
+            if let Some(descriptor) = descriptor {
+                crate::frame::limit("descriptors without a frame", descriptors.len() as u64 + 1, self.descriptors_max)?;
+                descriptors.push_back(descriptor);
+            }
+            match progress {
+                Progress::Ended => return Ok(true),
+                Progress::WouldBlock => return Ok(false),
+                Progress::Bytes(len) => only_bells(&bytes[..len])?,
+            }
+        }
+        Ok(false)
+    }
+
+    /// The next descriptor: the peer has sent it before its frame.
+    fn descriptor(&self) -> Option<OwnedFd> {
+        let first = lock(&self.descriptors).pop_front();
+        first.or_else(|| {
+            // What is wrong with the socket, the driver will find.
+            drop(self.listen());
+            lock(&self.descriptors).pop_front()
+        })
+    }
+}
+
+/// Beside rings, the socket's bytes say nothing.
+pub(super) fn only_bells(bytes: &[u8]) -> Result<(), ProtocolError> {
+    if bytes.iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    Err(ProtocolError::Rings { reason: "frames by the socket, after the last that should" })
+}
+
+impl Endpoint {
+    /// The dialer's side, once it is welcomed: what is sent from now on goes by the ring.
+    pub(super) fn send_rings(&self, tx: &mut Tx, features: u64) -> Result<(), CloseCause> {
+        if features & FEATURE_RINGS == 0 || self.features() & FEATURE_RINGS == 0 {
+            return Ok(());
+        }
+        let rings = match Rings::create() {
+            Ok(rings) => rings,
+            Err(error) => {
+                // The acceptor waits for none.
+                tracing::debug!(%error, "frames go by the socket");
+                return Ok(());
+            }
+        };
+        // Nothing was sent but the greeting, so it fits.
+        let frame = *Header::new(Kind::Rings).as_bytes();
+        match self.control.socket().send_with(&frame, rings.file().as_fd()).map_err(lost)? {
+            Progress::Bytes(len) if len == frame.len() => {}
+            _ => return Err(CloseCause::PeerLost { source: None }),
+        }
+        tx.ring = Some((tx.taken, RingWriter::new(&rings)));
+        // An endpoint is welcomed once.
+        let _ = self.rings.set(rings);
+        Ok(())
+    }
+
+    /// The peer's last frame by the socket.
+    pub(super) fn on_rings(self: &Arc<Self>, rx: &mut Rx) -> Result<(), CloseCause> {
+        let negotiated = self.features() & FEATURE_RINGS != 0;
+        let unexpected = ProtocolError::Unexpected { kind: Kind::Rings, expected: "no rings on this connection" };
+        if !negotiated || rx.ring.is_some() || self.dialed.is_some() != self.rings.get().is_some() {
+            return Err(unexpected.into());
+        }
+        if self.dialed.is_none() {
+            let rings = Rings::open(rx.receiver.descriptor())?;
+            let mut tx = lock(&self.tx);
+            tx.wire.extend_from_slice(Header::new(Kind::Rings).as_bytes());
+            let from = tx.taken + (tx.wire.len() - tx.sent) as u64;
+            tx.ring = Some((from, RingWriter::new(&rings)));
+            let _ = self.rings.set(rings);
+        }
+        let Some(rings) = self.rings.get() else { unreachable!("set by either side") };
+        rx.ring = Some(RingReader::new(rings));
+        let descriptors_max = self.driver.config().limits.slabs_max as u64;
+        let bell = Bell { socket: self.control.clone(), descriptors: Mutex::default(), descriptors_max };
+        let bell = Arc::new(bell);
+        let source = Arc::clone(&bell);
+        rx.receiver.take_descriptors_from(Box::new(move || source.descriptor()));
+        // From now on the socket is the driver's, whoever reads the ring.
+        let _ = self.bell.set(bell);
+        self.control.want(&self.driver, EventFlags::IN, true);
+        // The acceptor's own last frame by the socket; or what has waited for room, of which the next bytes here may have told.
+        self.write_control(&mut lock(&self.tx))
+    }
+
+    /// Writes what waits to the ring, descriptors to the socket: all of it if there is room. `false`: there is none for a
+    /// descriptor, of which the socket will tell.
+    pub(super) fn write_ring(&self, tx: &mut Tx) -> Result<bool, CloseCause> {
+        let Tx { wire, sent, taken, passing, ring, .. } = tx;
+        let Some((_, ring)) = ring else { unreachable!("the caller has looked") };
+        let mut wakes = false;
+        let mut bell_fits = true;
+        while *sent < wire.len() {
+            let mut end = wire.len();
+            if let Some((at, slab)) = passing.front() {
+                if *at == *taken {
+                    let descriptor =
+                        slab.fd().map_err(|error| CloseCause::PeerLost { source: Some(Arc::new(error)) })?;
+                    match self.control.socket().send_with(&[0], descriptor).map_err(lost)? {
+                        Progress::Bytes(1..) => drop(passing.pop_front()),
+                        _ => {
+                            bell_fits = false;
+                            break;
+                        }
+                    }
+                    continue;
+                }
+                end = *sent + (*at - *taken) as usize;
+            }
+            let len = ring.write(&wire[*sent..end])?;
+            wakes |= len > 0;
+            *sent += len;
+            *taken += len as u64;
+            if len == 0 && !ring.wait_for_room()? {
+                break;
+            }
+        }
+        if wakes {
+            self.took.store(self.driver.beats(), Ordering::Relaxed);
+            if ring.wake() == Sleeper::Driver {
+                self.ring_bell()?;
+            }
+        }
+        Ok(bell_fits)
+    }
+
+    /// Wakes the peer's driver. A socket that is full of such bytes wakes it, too.
+    fn ring_bell(&self) -> Result<(), CloseCause> {
+        self.control.socket().send(&[IoSlice::new(&[0])]).map(drop).map_err(lost)
+    }
+
+    /// The socket is ready, of a connection with rings.
+    pub(super) fn on_bell(self: &Arc<Self>, bell: &Bell, flags: EventFlags, turn: &mut Turn) -> Result<(), CloseCause> {
+        if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) && bell.listen()? {
+            self.ended.store(true, Ordering::SeqCst);
+            // It would say so for ever.
+            self.driver.unwatch(&self.control);
+            if self.cause.get().is_some() {
+                // Closed meanwhile, by a thread that may not have seen this.
+                self.driver.remove(&self.control);
+            }
+        }
+        {
+            // There may be room.
+            let mut tx = lock(&self.tx);
+            if tx.sent < tx.wire.len() && self.status() == Status::Open {
+                self.write_control(&mut tx)?;
+            }
+        }
+        self.look(turn).map(drop)
+    }
+
+    /// Whether the ring has bytes that nobody has read yet, or none will follow.
+    pub(crate) fn has_ring_bytes(&self) -> bool {
+        let closed = self.cause.get().is_some();
+        self.rings.get().filter(|_| !closed).is_some_and(|rings| {
+            rings.signs().1 != self.read.load(Ordering::Relaxed) || self.ended.load(Ordering::Relaxed)
+        })
+    }
+
+    /// Whether who would write the ring needs this thread's processor for it.
+    pub(crate) fn shares_processor(&self) -> bool {
+        self.rings.get().is_some_and(|rings| rings.shares_processor())
+    }
+
+    /// The leader looks at the ring, and reads it if nobody else does; whether there was something.
+    pub(crate) fn look_at_ring(self: &Arc<Self>, turn: &mut Turn) -> bool {
+        self.look(turn).unwrap_or_else(|cause| {
+            self.close(cause);
+            true
+        })
+    }
+
+    fn look(self: &Arc<Self>, turn: &mut Turn) -> Result<bool, CloseCause> {
+        let mut found = false;
+        let Ok(mut rx) = self.rx.try_lock() else {
+            if let (Some(rings), true) = (self.rings.get(), self.ended.load(Ordering::SeqCst)) {
+                // Whoever sleeps on it reads what is left, and closes.
+                rings.rouse();
+            }
+            return Ok(false);
+        };
+        if rx.ring.is_some() {
+            self.driver.heat(self);
+            for _ in 0..BATCHES {
+                if !self.read_ring(&mut rx, turn)? {
+                    break;
+                }
+                found = true;
+            }
+        }
+        drop(rx);
+        self.leave_ring(turn)?;
+        Ok(found)
+    }
+
+    /// Reads a batch, if there is one. At its end, the connection's is told.
+    pub(super) fn read_ring(self: &Arc<Self>, rx: &mut Rx, turn: &mut Turn) -> Result<bool, CloseCause> {
+        thread_local! {
+            // Not on the stack: it would have to be cleared each time.
+            static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+        }
+        let ended = self.ended.load(Ordering::SeqCst);
+        let Some(ring) = &mut rx.ring else { return Ok(false) };
+        if ring.is_empty() {
+            return if ended { Err(ended_with(&rx.receiver)) } else { Ok(false) };
+        }
+        let mut buffer = BUFFER.take();
+        buffer.resize(BATCH_BYTES, 0);
+        let read = ring.read(&mut buffer).map_err(CloseCause::from).and_then(|(len, room)| {
+            self.read.fetch_add(len as u64, Ordering::Relaxed);
+            if room && !ended {
+                self.ring_bell()?;
+            }
+            self.on_bytes(rx, Progress::Bytes(len), &buffer[..len], turn)
+        });
+        // Another, if a handler has read on this thread meanwhile, is let go.
+        BUFFER.set(buffer);
+        read.map(|()| true)
+    }
+
+    /// To be called by whoever has let go of `rx` (W3).
+    pub(super) fn leave_ring(self: &Arc<Self>, turn: &mut Turn) -> Result<(), CloseCause> {
+        loop {
+            fence(Ordering::SeqCst);
+            if self.hot.load(Ordering::Relaxed) || self.cause.get().is_some() {
+                return Ok(());
+            }
+            // Else its holder will leave it.
+            let Ok(mut rx) = self.rx.try_lock() else { return Ok(()) };
+            let Some(ring) = &rx.ring else { return Ok(()) };
+            if !ring.leave() || self.ended.load(Ordering::SeqCst) {
+                self.read_ring(&mut rx, turn)?;
+                continue;
+            }
+            drop(rx);
+            fence(Ordering::SeqCst);
+            // Whoever has seen the end meanwhile has found `rx` held, and left it to its holder.
+            if !self.ended.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The leader will look no more by itself.
+    pub(crate) fn cool(self: &Arc<Self>, turn: &mut Turn) {
+        self.hot.store(false, Ordering::Relaxed);
+        if let Err(cause) = self.leave_ring(turn) {
+            self.close(cause);
+        }
+    }
+
+    /// The rest of [`Endpoint::drive_until`], by a thread that holds `rx`.
+    pub(super) fn drive_ring(
+        self: &Arc<Self>,
+        rx: &mut Rx,
+        turn: &mut Turn,
+        done: &dyn Fn() -> bool,
+        deadline: Instant,
+    ) -> Result<(), CloseCause> {
+        let Some(rings) = self.rings.get() else { return Ok(()) };
+        rings.disarm();
+        let mut began = None;
+        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() {
+            if self.read_ring(rx, turn)? {
+                self.driver.finish_turn(turn);
+                began.take().inspect(|began| self.spin.waited(*began));
+                continue;
+            }
+            let now = Instant::now();
+            let first = began.is_none();
+            began.get_or_insert(now);
+            let Some(ring) = &rx.ring else { return Ok(()) };
+            if first && !rings.shares_processor() && self.spin.look(now, || !ring.is_empty()) {
+                continue;
+            }
+            let left = deadline.saturating_duration_since(now);
+            if left.is_zero() {
+                break;
+            }
+            if self.cause.get().is_none() && !self.ended.load(Ordering::SeqCst) {
+                ring.sleep(left.min(tcp::RECV_TICK));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why a connection ends whose bytes do.
+pub(super) fn ended_with(receiver: &Receiver) -> CloseCause {
+    match receiver.missing_bytes() {
+        0 => CloseCause::PeerLost { source: None },
+        missing_bytes => ProtocolError::TruncatedFrame { missing_bytes }.into(),
+    }
+}

@@ -1,0 +1,344 @@
+//! Frames between workers of one host by memory that both see: a ring of bytes in each direction.
+//!
+//! The bytes are those that would travel through the socket, so nothing above notices, and reading them costs no system call. The
+//! socket stays for what a ring cannot do: it brings descriptors, wakes a sleeping driver (a byte that means nothing), and ends.
+//!
+//! ```text
+//! dialer                                         acceptor
+//!   Rings (its last frame by the socket), + file →  checks seals and size, maps
+//!   reads the ring from now on          ←  Rings (its last frame by the socket)
+//!
+//! file: a page of words (`lane`, one per direction) | bytes of the dialer | bytes of the acceptor
+//! ```
+//!
+//! Who sleeps says so in the lane, so a wake costs a system call only when somebody does: a byte on the socket for the driver, a
+//! futex for a thread that blocks for its reply. Who does not sleep is either about to look at the ring, or reads it.
+//!
+//! Both processes can write all of it, and neither trusts it: bytes are copied out before they are parsed, positions are checked,
+//! and each side keeps its own. A ring that was written into costs the two that share it their connection, and nobody else
+//! anything. The file is sealed, so no read of it faults. Pages are made as bytes first pass, and given back while nothing does.
+//!
+//! Invariant D1: bytes are read in the order in which they were sent, those by the socket first.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::time::Duration;
+
+use farcall_device::{Kept, is_forked_child};
+use rustix::fs::{FallocateFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::thread::futex::{self, Flags};
+use rustix::time::Timespec;
+
+use super::lane::{self, Corrupt, Lane};
+use super::memory_file;
+use crate::ProtocolError;
+
+/// Bytes of a direction: some hundred small frames, so that thousands of calls in flight seldom wait for room.
+const RING_BYTES: usize = 128 << 10;
+const PAGE_BYTES: usize = 4096;
+const FILE_BYTES: usize = PAGE_BYTES + 2 * RING_BYTES;
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+const _: () = assert!(2 * size_of::<Lane>() <= PAGE_BYTES && RING_BYTES.is_power_of_two());
+
+/// The memory of both directions, mapped.
+pub(crate) struct Rings {
+    start: NonNull<u8>,
+    /// This side opened the connection.
+    dialed: bool,
+    /// For giving pages back; a child keeps no copy.
+    file: (Kept, OwnedFd),
+}
+
+// SAFETY: an address range without thread affinity. Its words are atomic; of the bytes, a range is written by the one holder of
+// its `RingWriter` before it is published, and read by the one holder of its `RingReader` afterwards.
+unsafe impl Send for Rings {}
+// SAFETY: as above.
+unsafe impl Sync for Rings {}
+
+impl std::fmt::Debug for Rings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rings").field("dialed", &self.dialed).finish_non_exhaustive()
+    }
+}
+
+impl Rings {
+    /// New rings, by the side that dialed.
+    pub(crate) fn create() -> io::Result<Arc<Self>> {
+        let file = memory_file(c"farcall-rings")?;
+        rustix::fs::ftruncate(&file, FILE_BYTES as u64)?;
+        rustix::fs::fcntl_add_seals(&file, SEALS)?;
+        Ok(Arc::new(Self::map(file, true)?))
+    }
+
+    /// Those that the dialer made.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Rings`] if they are not sealed, or of another size.
+    pub(crate) fn open(file: Option<OwnedFd>) -> Result<Arc<Self>, ProtocolError> {
+        let refused = |reason| ProtocolError::Rings { reason };
+        let file =
+            file.ok_or(refused("no descriptor came with them; if this process has none left, raise `ulimit -n`"))?;
+        // Only memory files have seals.
+        let seals = rustix::fs::fcntl_get_seals(&file).map_err(|_| refused("their descriptor is no memory file"))?;
+        if !seals.contains(SEALS) || seals.contains(SealFlags::WRITE) {
+            return Err(refused("their file is not sealed as it must be: it could shrink"));
+        }
+        let size = rustix::fs::fstat(&file).map_err(|_| refused("their file has no size"))?.st_size;
+        if size != FILE_BYTES as i64 {
+            return Err(refused("their file is of another size"));
+        }
+        let rings = Self::map(file, false).map_err(|_| refused("this process can map no more memory"))?;
+        Ok(Arc::new(rings))
+    }
+
+    /// The file, to be passed to the peer.
+    pub(crate) fn file(&self) -> &OwnedFd {
+        &self.file.1
+    }
+
+    fn map(file: OwnedFd, dialed: bool) -> io::Result<Self> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory that exists.
+        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), FILE_BYTES, access, MapFlags::SHARED, &file, 0)? };
+        let start = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
+        // SAFETY: our mapping, of which nobody has a reference yet; the advice changes no contents.
+        if let Err(errno) = unsafe { rustix::mm::madvise(start.as_ptr().cast(), FILE_BYTES, Advice::LinuxDontFork) } {
+            tracing::debug!(%errno, "a forked child will hold a ring");
+        }
+        Ok(Self { start, dialed, file: (Kept::new(&file), file) })
+    }
+
+    /// Of the bytes that this side sends, or of those that it receives.
+    fn lane(&self, sends: bool) -> &Lane {
+        let index = usize::from(self.dialed != sends);
+        // SAFETY: the first page is mapped for as long as `self` and holds two lanes, which are atomics alone, for which any bytes
+        // are a value.
+        unsafe { &*self.start.cast::<Lane>().as_ptr().add(index) }
+    }
+
+    /// The first of the bytes that this side sends, or of those that it receives.
+    fn bytes(&self, sends: bool) -> NonNull<u8> {
+        let index = usize::from(self.dialed != sends);
+        // SAFETY: in the mapping.
+        unsafe { self.start.add(PAGE_BYTES + index * RING_BYTES) }
+    }
+
+    /// What is said to a peer that sleeps in its heartbeat's stead.
+    pub(crate) fn beat(&self) {
+        self.lane(true).beat();
+    }
+
+    /// What changes while the peer lives.
+    pub(crate) fn signs(&self) -> (u32, u64) {
+        self.lane(false).signs()
+    }
+
+    /// Whether the peer needs the processor that this thread has, as far as can be seen: looking for what it sends would keep it
+    /// from sending.
+    pub(crate) fn shares_processor(&self) -> bool {
+        self.lane(false).processor() == processor()
+    }
+
+    /// Wakes this side's thread that sleeps in [`RingReader::sleep`], if one does.
+    pub(crate) fn rouse(&self) {
+        if self.lane(false).take_sleeper() == lane::THREAD {
+            wake_thread(self.lane(false));
+        }
+    }
+
+    /// Nobody of this side sleeps any more.
+    pub(crate) fn disarm(&self) {
+        self.lane(false).wake();
+    }
+}
+
+impl Drop for Rings {
+    fn drop(&mut self) {
+        if is_forked_child() {
+            return;
+        }
+        // SAFETY: our mapping, and nobody is left who could reach it.
+        if let Err(errno) = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), FILE_BYTES) } {
+            tracing::error!(%errno, "munmap failed: rings stay mapped");
+        }
+    }
+}
+
+/// Where this thread runs; 0 is nowhere.
+fn processor() -> u32 {
+    rustix::thread::sched_getcpu() as u32 + 1
+}
+
+fn wake_thread(lane: &Lane) {
+    // Whoever has gone meanwhile needs no waking.
+    let _ = futex::wake(lane.word(), Flags::empty(), 1);
+}
+
+impl From<Corrupt> for ProtocolError {
+    fn from(_: Corrupt) -> Self {
+        Self::Rings { reason: "a position in them cannot be: somebody has written into them" }
+    }
+}
+
+/// Splits `len` bytes from `position` on at the ring's end.
+fn pieces(position: u64, len: usize) -> [(usize, usize); 2] {
+    let at = position as usize & (RING_BYTES - 1);
+    let first = len.min(RING_BYTES - at);
+    [(at, first), (0, len - first)]
+}
+
+/// The sending end.
+#[derive(Debug)]
+pub(crate) struct RingWriter {
+    rings: Arc<Rings>,
+    tail: u64,
+    /// As last seen.
+    head: u64,
+    /// Where it was when its pages were last given back, and when that was last thought of.
+    released: u64,
+    looked_at: u64,
+    /// Where it was last written, as the peer is told.
+    processor: u32,
+}
+
+/// Whom to wake, after bytes were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sleeper {
+    Nobody,
+    /// By a byte on the socket.
+    Driver,
+}
+
+impl RingWriter {
+    pub(crate) fn new(rings: &Arc<Rings>) -> Self {
+        Self { rings: Arc::clone(rings), tail: 0, head: 0, released: 0, looked_at: 0, processor: 0 }
+    }
+
+    /// Copies as many of `bytes` as there is room for, and gives how many. The receiver sees them.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<usize, ProtocolError> {
+        let lane = self.rings.lane(true);
+        let mut room = RING_BYTES - (self.tail - self.head) as usize;
+        if room < bytes.len() {
+            self.head = lane.head(self.tail, RING_BYTES as u64)?;
+            room = RING_BYTES - (self.tail - self.head) as usize;
+        }
+        let len = room.min(bytes.len());
+        let target = self.rings.bytes(true);
+        let mut from = 0;
+        for (at, count) in pieces(self.tail, len) {
+            let source = &bytes[from..from + count];
+            // SAFETY: `at + count` is at most the ring's size, so the target lies in the mapping, which no Rust reference is to; the
+            // receiver reads these bytes only once they are published.
+            unsafe { target.add(at).copy_from_nonoverlapping(NonNull::from(source).cast(), count) };
+            from += count;
+        }
+        self.tail += len as u64;
+        lane.publish(self.tail);
+        Ok(len)
+    }
+
+    /// Nothing fits: whether something does after all. If not, the receiver will say when it does, by a byte on the socket.
+    pub(crate) fn wait_for_room(&mut self) -> Result<bool, ProtocolError> {
+        let lane = self.rings.lane(true);
+        lane.want_room();
+        self.head = lane.head(self.tail, RING_BYTES as u64)?;
+        Ok(self.tail - self.head < RING_BYTES as u64)
+    }
+
+    /// After the last [`Self::write`] of several: wakes a thread that sleeps, or says that the driver does.
+    pub(crate) fn wake(&mut self) -> Sleeper {
+        let lane = self.rings.lane(true);
+        let processor = processor();
+        if std::mem::replace(&mut self.processor, processor) != processor {
+            lane.set_processor(processor);
+        }
+        match lane.take_sleeper() {
+            lane::AWAKE => Sleeper::Nobody,
+            lane::THREAD => {
+                wake_thread(lane);
+                Sleeper::Nobody
+            }
+            // What the peer writes beside these is taken for the driver, too.
+            _ => Sleeper::Driver,
+        }
+    }
+
+    /// Gives the pages of bytes that were read back to the system, if nothing was written since the last such call. Nothing if
+    /// there are few.
+    pub(crate) fn release_idle_pages(&mut self) {
+        let idle = std::mem::replace(&mut self.looked_at, self.tail) == self.tail;
+        if !idle || self.tail - self.released <= PAGE_BYTES as u64 {
+            return;
+        }
+        if self.rings.lane(true).head(self.tail, RING_BYTES as u64) != Ok(self.tail) {
+            return;
+        }
+        let offset = PAGE_BYTES + usize::from(!self.rings.dialed) * RING_BYTES;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(self.rings.file().as_fd(), flags, offset as u64, RING_BYTES as u64) {
+            Ok(()) => self.released = self.tail,
+            Err(errno) => tracing::debug!(%errno, "an idle ring keeps its pages"),
+        }
+    }
+}
+
+/// The receiving end.
+#[derive(Debug)]
+pub(crate) struct RingReader {
+    rings: Arc<Rings>,
+    head: u64,
+}
+
+impl RingReader {
+    pub(crate) fn new(rings: &Arc<Rings>) -> Self {
+        Self { rings: Arc::clone(rings), head: 0 }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.rings.lane(false).has_more(self.head)
+    }
+
+    /// Copies bytes that have come to `buffer`: how many, and whether the sender waits for room and must be told, by a byte on
+    /// the socket.
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<(usize, bool), ProtocolError> {
+        let lane = self.rings.lane(false);
+        let there = (lane.tail(self.head, RING_BYTES as u64)? - self.head) as usize;
+        let len = there.min(buffer.len());
+        let source = self.rings.bytes(false);
+        let mut to = 0;
+        for (at, count) in pieces(self.head, len) {
+            let target = NonNull::from(&mut buffer[to..to + count]).cast::<u8>();
+            // SAFETY: `at + count` is at most the ring's size, so the source lies in the mapping, which stays readable (it is
+            // sealed) and which no Rust reference is to. A peer that writes there meanwhile has us read any bytes, which is what
+            // they are taken for.
+            unsafe { target.copy_from_nonoverlapping(source.add(at), count) };
+            to += count;
+        }
+        self.head += len as u64;
+        lane.take(self.head);
+        // A sender waits for room only if it has seen none: then this is the read, or one before the ring is empty again, that
+        // finds it half full.
+        let told = there >= RING_BYTES / 2 && lane.take_full();
+        Ok((len, told))
+    }
+
+    /// Leaves the ring to the driver, which a byte on the socket wakes; `false` if there is something to read.
+    pub(crate) fn leave(&self) -> bool {
+        self.rings.lane(false).sleep(lane::DRIVER, self.head)
+    }
+
+    /// Sleeps on the ring until there are bytes, [`Rings::rouse`] or `timeout`.
+    pub(crate) fn sleep(&self, timeout: Duration) {
+        let lane = self.rings.lane(false);
+        if lane.sleep(lane::THREAD, self.head) {
+            let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
+            let _ = futex::wait(lane.word(), Flags::empty(), lane::THREAD, Some(&timeout));
+            lane.wake();
+        }
+    }
+}
