@@ -9,6 +9,7 @@ mod descriptors;
 mod frames;
 mod greeting;
 pub(crate) mod raw;
+mod rings;
 mod session;
 mod slabs;
 #[cfg(feature = "tls")]

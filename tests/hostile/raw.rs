@@ -29,6 +29,7 @@ pub(crate) const PING: u8 = 11;
 pub(crate) const SLAB: u8 = 12;
 pub(crate) const RETIRE: u8 = 13;
 pub(crate) const RELEASE: u8 = 14;
+pub(crate) const RINGS: u8 = 15;
 pub(crate) const CHALLENGE: u8 = 20;
 pub(crate) const PROOF: u8 = 21;
 
@@ -273,6 +274,28 @@ pub(crate) struct Arrived {
     pub(crate) payload: Vec<u8>,
 }
 
+impl Arrived {
+    /// The next frame of a stream, or `None` once that ended.
+    pub(crate) fn read(stream: &mut impl Read) -> Option<Self> {
+        let mut head = [0; 64];
+        match stream.read_exact(&mut head) {
+            Ok(()) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => return None,
+            Err(error) => panic!("no frame and no end within {PATIENCE:?}: {error}"),
+        }
+        assert_eq!(&head[..5], b"FCL1\x01");
+        let mut read = |len: usize| {
+            let mut bytes = vec![0; len];
+            stream.read_exact(&mut bytes).expect("a whole frame");
+            bytes
+        };
+        let table = read(u32_at(&head, AT_TABLE_LEN) as usize);
+        let metadata = read(u32_at(&head, AT_META_LEN) as usize);
+        let payload = read(u64_at(&head, AT_PAYLOAD_LEN) as usize);
+        Some(Self { kind: head[AT_KIND], call: u64_at(&head, 8), offset: u64_at(&head, 48), table, metadata, payload })
+    }
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }
@@ -367,29 +390,12 @@ impl RawPeer {
     }
 
     fn receive_any(&mut self) -> Option<Arrived> {
-        let mut head = [0; 64];
-        match self.stream.read_exact(&mut head) {
-            Ok(()) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => return None,
-            Err(error) => panic!("no frame and no end within {PATIENCE:?}: {error}"),
-        }
-        assert_eq!(&head[..5], b"FCL1\x01");
-        let mut read = |len: usize| {
-            let mut bytes = vec![0; len];
-            self.stream.read_exact(&mut bytes).expect("a whole frame");
-            bytes
-        };
-        let table = read(u32_at(&head, AT_TABLE_LEN) as usize);
-        let metadata = read(u32_at(&head, AT_META_LEN) as usize);
-        let payload = read(u64_at(&head, AT_PAYLOAD_LEN) as usize);
-        Some(Arrived {
-            kind: head[AT_KIND],
-            call: u64_at(&head, 8),
-            offset: u64_at(&head, 48),
-            table,
-            metadata,
-            payload,
-        })
+        Arrived::read(&mut self.stream)
+    }
+
+    /// The socket.
+    pub(crate) fn stream(&mut self) -> &mut TcpStream {
+        &mut self.stream
     }
 
     /// The next frame, which must be of `kind`.

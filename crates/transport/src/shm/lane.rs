@@ -41,6 +41,10 @@ pub(crate) struct Lane {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Corrupt;
 
+fn is_within(head: u64, tail: u64, capacity: u64) -> bool {
+    tail.checked_sub(head).is_some_and(|unread| unread <= capacity)
+}
+
 impl Lane {
     // ---- the sender's side ----
 
@@ -52,7 +56,7 @@ impl Lane {
     /// How far the receiver has come, of at most `capacity` bytes before `tail`.
     pub(crate) fn head(&self, tail: u64, capacity: u64) -> Result<u64, Corrupt> {
         let head = self.head.0.load(Ordering::Acquire);
-        if tail.wrapping_sub(head) <= capacity { Ok(head) } else { Err(Corrupt) }
+        if is_within(head, tail, capacity) { Ok(head) } else { Err(Corrupt) }
     }
 
     /// Has the receiver tell when there is room. The sender looks once more before it relies on that (W2).
@@ -83,7 +87,7 @@ impl Lane {
     /// Bytes that may be read, of which those before `head` were.
     pub(crate) fn tail(&self, head: u64, capacity: u64) -> Result<u64, Corrupt> {
         let tail = self.tail.0.load(Ordering::Acquire);
-        if tail.wrapping_sub(head) <= capacity { Ok(tail) } else { Err(Corrupt) }
+        if is_within(head, tail, capacity) { Ok(tail) } else { Err(Corrupt) }
     }
 
     /// Whether bytes have come beyond `head`.
