@@ -1,7 +1,17 @@
 #![doc = include_str!("../../../README.md")]
 //!
 //! # This crate
-//! What Rust programs depend on: the public items of the crates below, and [`log`].
+//! What Rust programs depend on: the public items of the crates below, and [`log`]. Operators on tensors are in [`ops`]:
+//! ```
+//! use farcall::{Device, Runtime, Tensor, ops};
+//!
+//! let stream = Runtime::global().stream(Device::HOST)?;
+//! let x = Tensor::from_slice(&[1.0_f32, 2.0, 3.0], &[3])?;
+//! let y = ops::sum(&ops::mul(&x, 2.0, &stream)?, &[], false, &stream)?.host().wait(std::time::Duration::from_secs(5))?;
+//! assert_eq!(y.as_slice::<f32>()?, [12.0]);
+//! # Ok::<(), ops::OpError>(())
+//! ```
+//!
 //! [`architecture`] is the map of the whole, [`gotchas`] what surprised us about drivers, [`bench_page`] how to measure.
 
 #[cfg(feature = "log")]
@@ -12,6 +22,8 @@ pub use farcall_device::{
     TensorMut,
 };
 pub use farcall_macros::{Value, function};
+#[doc(inline)]
+pub use farcall_ops as ops;
 pub use farcall_rpc::{
     Agent, Builtin, BuiltinError, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry,
     RemoteError, Reply, Result, Stage, To, settings,

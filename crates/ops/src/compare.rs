@@ -61,6 +61,26 @@ fn compared(
     elementwise.launch(&operands.map(|operand| (operand, compute)), stream)
 }
 
+/// Elements as words, by masks: a condition that is as good as random costs no mispredicted branches then.
+macro_rules! pick {
+    ($type:ty) => {{
+        fn step([condition, a, b]: [&[u8]; 3], result: &mut [u8]) {
+            let [a, b] = [a, b].map(bytemuck::cast_slice::<u8, $type>);
+            let result = bytemuck::cast_slice_mut::<u8, $type>(result);
+            crate::kernel::with_vectors(
+                #[inline(always)]
+                || {
+                    for (((result, condition), a), b) in result.iter_mut().zip(condition).zip(a).zip(b) {
+                        let mask = <$type>::from(*condition != 0).wrapping_neg();
+                        *result = *a & mask | *b & !mask;
+                    }
+                },
+            );
+        }
+        step
+    }};
+}
+
 /// Elements of `a` where `condition` holds, else those of `b`: torch's `where`. All three are broadcast to each other.
 ///
 /// # Shapes and dtypes
@@ -80,20 +100,21 @@ pub fn choose<'a>(
     }
     let result = result_type(op, &[a, b])?;
     let step = Step::Ternary(match result.size_bytes() {
-        1 => pick::<1>,
-        2 => pick::<2>,
-        4 => pick::<4>,
-        8 => pick::<8>,
-        _ => pick::<16>,
+        1 => pick!(u8),
+        2 => pick!(u16),
+        4 => pick!(u32),
+        8 => pick!(u64),
+        _ => pick_wide,
     });
     // The condition as numbers 0 and 1, whatever its bytes are.
     let operands = [(condition.into(), DType::U8), (a, result), (b, result)];
     Elementwise { op, step, gives: result, result, refuses: None }.launch(&operands, stream)
 }
 
-fn pick<const SIZE: usize>([condition, a, b]: [&[u8]; 3], result: &mut [u8]) {
-    let ((a, _), (b, _)) = (a.as_chunks::<SIZE>(), b.as_chunks::<SIZE>());
-    let (result, _) = result.as_chunks_mut::<SIZE>();
+/// Pairs of words.
+fn pick_wide([condition, a, b]: [&[u8]; 3], result: &mut [u8]) {
+    let [a, b] = [a, b].map(bytemuck::cast_slice::<u8, [u64; 2]>);
+    let result = bytemuck::cast_slice_mut::<u8, [u64; 2]>(result);
     for (((result, condition), a), b) in result.iter_mut().zip(condition).zip(a).zip(b) {
         *result = if *condition != 0 { *a } else { *b };
     }

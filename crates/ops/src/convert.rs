@@ -10,6 +10,8 @@
 use bytemuck::Pod;
 use farcall_device::{C64, C128, DType, bf16, f16};
 
+use crate::kernel::with_vectors;
+
 mod float8;
 
 /// One step over a block: elements of one dtype to as many of another, both aligned.
@@ -107,12 +109,14 @@ fn wide(dtype: DType) -> DType {
 
 fn map<S: Pod, T: Pod>(source: &[u8], target: &mut [u8], step: impl Fn(S) -> T) {
     let (source, target) = (bytemuck::cast_slice::<u8, S>(source), bytemuck::cast_slice_mut::<u8, T>(target));
-    // Compiled for the vectors of this processor: the ones that every x86-64 has narrow and widen slowly.
-    pulp::Arch::new().dispatch(|| {
-        for (target, source) in target.iter_mut().zip(source) {
-            *target = step(*source);
-        }
-    });
+    with_vectors(
+        #[inline(always)]
+        || {
+            for (target, source) in target.iter_mut().zip(source) {
+                *target = step(*source);
+            }
+        },
+    );
 }
 
 /// Casts that do not go by way of a wide dtype.

@@ -9,6 +9,7 @@ use farcall_device::{DType, DeviceError, Stream, Tensor};
 
 use crate::convert::{Buffer, Cast};
 use crate::kernel::{BLOCK, Input, for_each_chunk, launch};
+use crate::memory::NOTHING;
 use crate::promote::{compute_dtype, result_type};
 use crate::{OpError, Operand};
 
@@ -27,9 +28,11 @@ macro_rules! unary {
             $(farcall_device::DType::$variant => {
                 fn step(x: &[u8], result: &mut [u8]) {
                     let (x, result) = (bytemuck::cast_slice::<u8, $type>(x), bytemuck::cast_slice_mut::<u8, $type>(result));
-                    for (result, $x) in result.iter_mut().zip(x.iter().copied()) {
-                        *result = $body;
-                    }
+                    $crate::kernel::with_vectors(#[inline(always)] || {
+                        for (result, $x) in result.iter_mut().zip(x.iter().copied()) {
+                            *result = $body;
+                        }
+                    });
                 }
                 Some($crate::elementwise::Step::Unary(step))
             })*
@@ -56,9 +59,11 @@ macro_rules! binary {
         fn step(x: &[u8], y: &[u8], result: &mut [u8]) {
             let (x, y) = (bytemuck::cast_slice::<u8, $type>(x), bytemuck::cast_slice::<u8, $type>(y));
             let result = bytemuck::cast_slice_mut::<u8, $result>(result);
-            for ((result, $x), $y) in result.iter_mut().zip(x.iter().copied()).zip(y.iter().copied()) {
-                *result = $body;
-            }
+            $crate::kernel::with_vectors(#[inline(always)] || {
+                for ((result, $x), $y) in result.iter_mut().zip(x.iter().copied()).zip(y.iter().copied()) {
+                    *result = $body;
+                }
+            });
         }
         Some($crate::elementwise::Step::Binary(step))
     }};
@@ -107,15 +112,16 @@ impl Elementwise {
     fn run(&self, inputs: &[Input], reads: &[&[u8]], target: &mut [u8]) -> Result<(), DeviceError> {
         let (size, store) = (self.result.size_bytes(), Cast::between(self.gives, self.result));
         let is_refused = AtomicBool::new(false);
-        for_each_chunk(target, size, |start, chunk| {
+        for_each_chunk(target, size, |start, mut out| {
             let mut loaders: Vec<_> = inputs.iter().map(|input| input.loader(reads)).collect();
             let (mut given, mut scratch) = (Buffer::default(), Default::default());
-            for (index, block) in chunk.chunks_mut(BLOCK * size).enumerate() {
+            out.blocks(BLOCK * size, |index, block| {
                 let (start, len) = (start + index * BLOCK, block.len() / size);
                 if let (Some(refusal), Some(last)) = (&self.refuses, loaders.last_mut())
                     && (refusal.is_in)(last.load(start, len))
                 {
-                    return is_refused.store(true, Ordering::Relaxed);
+                    is_refused.store(true, Ordering::Relaxed);
+                    return None;
                 }
                 let result = if store.is_none() { &mut *block } else { given.bytes(len * self.gives.size_bytes()) };
                 match (self.step, &mut loaders[..]) {
@@ -129,7 +135,12 @@ impl Elementwise {
                 if !store.is_none() {
                     store.run(given.filled(len * self.gives.size_bytes()), block, &mut scratch, len);
                 }
-            }
+                let mut ahead = NOTHING;
+                for (ahead, loader) in ahead.iter_mut().zip(&loaders) {
+                    *ahead = loader.ahead(start + len);
+                }
+                Some(ahead)
+            });
         });
         match &self.refuses {
             Some(refusal) if is_refused.into_inner() => {

@@ -5,16 +5,16 @@ use farcall_device::{DType, DeviceError, Layout, Stream, Tensor};
 use crate::convert::Cast;
 use crate::gradient::of_arg;
 use crate::kernel::{BLOCK, CHUNK, Input, PARALLEL_MIN, for_each_chunk, for_each_part, launch};
+use crate::memory::{Out, goes_around};
 use crate::table::{Derivative, Operator, one};
-use crate::walk::{TILE_MAX, Walk};
+use crate::walk::Walk;
 use crate::{OpError, Scalar};
 
 /// Bytes of a contiguous tensor that a thread copies at a time: more than caches hold, so that the platform's copy goes past them.
 const COPY_PART_BYTES: usize = 64 << 20;
 
-/// Bytes of a pattern that are copied at a time: the platform's copy writes whole cache lines without reading them first, and a loop
-/// that fills does not.
-const PATTERN_BYTES: usize = 16 << 10;
+/// Bytes of a pattern that are copied at a time.
+const PATTERN_BYTES: usize = 4 << 10;
 
 /// A tensor whose elements are all `value`.
 ///
@@ -25,9 +25,10 @@ pub fn full(shape: &[usize], value: impl Into<Scalar>, dtype: DType, stream: &St
     let size = dtype.size_bytes();
     launch("full", stream, &[], dtype, shape, move |_, target| {
         let pattern = element[..size].repeat(PATTERN_BYTES.min(target.len()).div_ceil(size));
-        for_each_chunk(target, size, |_, chunk| {
-            for block in chunk.chunks_mut(pattern.len()) {
-                block.copy_from_slice(&pattern[..block.len()]);
+        for_each_chunk(target, size, |_, mut out| {
+            for at in (0..out.len()).step_by(pattern.len()) {
+                let len = pattern.len().min(out.len() - at);
+                out.put(at, &pattern[..len], &[]);
             }
         });
         Ok(())
@@ -82,16 +83,26 @@ pub fn cast(x: &Tensor, dtype: DType, stream: &Stream) -> Result<Tensor, OpError
     if x.dtype() == dtype {
         return Ok(x.clone());
     }
-    let (input, size) = (Input::new(0, x.layout(), dtype), dtype.size_bytes());
+    let input = Input::new(0, x.layout(), dtype);
     launch("cast", stream, &[x], dtype, x.shape(), move |reads, target| {
-        for_each_chunk(target, size, |start, chunk| {
-            let mut loader = input.loader(reads);
-            for (index, block) in chunk.chunks_mut(BLOCK * size).enumerate() {
-                loader.load_into(start + index * BLOCK, block);
-            }
-        });
+        load_all(&input, dtype.size_bytes(), reads, target);
         Ok(())
     })
+}
+
+/// Loads all elements of `input` to `target`, where each has `size` bytes.
+fn load_all(input: &Input, size: usize, reads: &[&[u8]], target: &mut [u8]) {
+    for_each_chunk(target, size, |start, mut out| {
+        let mut loader = input.loader(reads);
+        if loader.is_plain() {
+            return loader.copy_to(start, out.len() / size, 0, &mut out);
+        }
+        out.blocks(BLOCK * size, |index, block| {
+            let start = start + index * BLOCK;
+            loader.load_into(start, block);
+            Some([loader.ahead(start + BLOCK), &[], &[]])
+        });
+    });
 }
 
 /// A packed copy: the elements in row-major order in memory of their own.
@@ -102,20 +113,22 @@ pub fn cast(x: &Tensor, dtype: DType, stream: &Stream) -> Result<Tensor, OpError
 /// One pass; a transposed view goes by tiles that use whole cache lines on both sides.
 pub fn copy(x: &Tensor, stream: &Stream) -> Result<Tensor, OpError> {
     let (walk, size) = (Walk::new(x.layout()), x.dtype().size_bytes());
+    let input = Input::new(0, x.layout(), x.dtype());
     launch("copy", stream, &[x], x.dtype(), x.shape(), move |reads, target| {
-        if walk.numel() < PARALLEL_MIN {
-            walk.pack(size, reads[0], target);
-        } else if walk.contiguous_from().is_some() {
-            for_each_part(target, COPY_PART_BYTES, true, &|index, part| {
+        let (is_parallel, is_around) = (walk.numel() >= PARALLEL_MIN, goes_around(target.len()));
+        if walk.contiguous_from().is_some() {
+            for_each_part(target, COPY_PART_BYTES, is_parallel, &|index, part| {
                 walk.gather(size, reads[0], index * (COPY_PART_BYTES / size), part);
             });
-        } else {
-            // Whole rows of the outermost dimension, so that each part is a view of its own, and as many as a tile has.
-            let rows = CHUNK.div_ceil(walk.row_elements()).next_multiple_of(TILE_MAX);
-            let part_bytes = rows * walk.row_elements() * size;
-            for_each_part(target, part_bytes, true, &|index, part| {
-                walk.rows(index * rows, rows).pack(size, reads[0], part);
+        } else if let Some(tiles) = walk.tiles(size) {
+            // Whole rows of the outermost dimension, so that each part is a view of its own.
+            let rows = if is_parallel { tiles.rows_of_part(CHUNK, rayon::current_num_threads()) } else { usize::MAX };
+            let part_bytes = rows.saturating_mul(walk.row_elements() * size);
+            for_each_part(target, part_bytes, is_parallel, &|index, part| {
+                tiles.pack(index.saturating_mul(rows), rows, reads[0], Out::new(part, is_around));
             });
+        } else {
+            load_all(&input, size, reads, target);
         }
         Ok(())
     })

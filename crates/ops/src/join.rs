@@ -7,7 +7,7 @@ use crate::convert::{Buffer, Cast};
 use crate::elementwise::unsupported;
 use crate::fill::{cast, contiguous, kernel_error};
 use crate::gradient::of_arg;
-use crate::kernel::{BLOCK, CHUNK, Input, PARALLEL_MIN, for_each_part, launch};
+use crate::kernel::{BLOCK, CHUNK, Input, PARALLEL_MIN, for_each_chunk, for_each_part, launch};
 use crate::promote::{compute_dtype, promote};
 use crate::reduce::dim_of;
 use crate::table::{Applied, Derivative, Operator, one};
@@ -44,21 +44,22 @@ pub fn cat(tensors: &[&Tensor], dim: i64, stream: &Stream) -> Result<Tensor, OpE
     let inputs: Vec<_> = parts.iter().enumerate().map(|(read, part)| Input::new(read, part.layout(), dtype)).collect();
     let (row, size) = (runs.iter().sum::<usize>(), dtype.size_bytes());
     launch(op, stream, &parts, dtype, &shape, move |reads, target| {
-        let (rows, is_parallel) = ((CHUNK / row).max(1), target.len() / size >= PARALLEL_MIN);
-        let work = |index: usize, target: &mut [u8]| {
+        for_each_chunk(target, size, |start, mut out| {
             let mut loaders: Vec<_> = inputs.iter().map(|input| input.loader(reads)).collect();
-            for (offset, target) in target.chunks_exact_mut(row * size).enumerate() {
-                let (mut target, outer) = (target, index * rows + offset);
+            let (mut outer, mut place, end) = (start / row, start % row, out.len() / size);
+            let mut done = 0;
+            while done < end {
+                // What is left of each part in this row, as far as it is wanted.
                 for (loader, run) in loaders.iter_mut().zip(&runs) {
-                    let (part, rest) = target.split_at_mut(run * size);
-                    for (block, part) in part.chunks_mut(BLOCK * size).enumerate() {
-                        loader.load_into(outer * run + block * BLOCK, part);
-                    }
-                    target = rest;
+                    let skipped = place.min(*run);
+                    place -= skipped;
+                    let len = (run - skipped).min(end - done);
+                    loader.copy_to(outer * run + skipped, len, done * size, &mut out);
+                    done += len;
                 }
+                outer += 1;
             }
-        };
-        for_each_part(target, rows * row * size, is_parallel, &work);
+        });
         Ok(())
     })
 }

@@ -9,6 +9,7 @@ use farcall_device::{DType, DeviceError, Layout, Storage, Stream, Tensor, Tensor
 use rayon::prelude::*;
 
 use crate::convert::{Buffer, Cast};
+use crate::memory::{LINE, Out, goes_around};
 use crate::walk::Walk;
 use crate::{OpError, Operand, Scalar};
 
@@ -21,6 +22,13 @@ pub(crate) const CHUNK: usize = 64 * BLOCK;
 /// Results with fewer elements are computed by one thread. Handing work to another one costs about 10 microseconds (`benches/ops.rs`,
 /// table "threads"): a tenth of what an addition of so many `f32` takes one thread.
 pub(crate) const PARALLEL_MIN: usize = 256 * 1024;
+
+/// Runs a loop that is compiled for this processor's vectors too: those that every x86-64 has are half as long, and narrow and widen
+/// slowly.
+#[inline(always)]
+pub(crate) fn with_vectors<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
 
 /// Makes a tensor of `dtype` and `shape` by a kernel on `stream`, from the bytes of `reads`' storages. Without elements there is
 /// nothing to run.
@@ -58,12 +66,13 @@ fn launch_boxed(
     Ok(result.freeze(stream))
 }
 
-/// Calls `work` with the first element and the bytes of each chunk of `target`, on several threads if there are many elements.
-pub(crate) fn for_each_chunk(target: &mut [u8], size: usize, work: impl Fn(usize, &mut [u8]) + Sync) {
+/// Calls `work` with the first element and the way to each chunk of `target`, on several threads if there are many elements.
+pub(crate) fn for_each_chunk(target: &mut [u8], size: usize, work: impl Fn(usize, Out<'_>) + Sync) {
+    let is_around = goes_around(target.len());
     if target.len() / size < PARALLEL_MIN {
-        return work(0, target);
+        return work(0, Out::new(target, is_around));
     }
-    for_each_part(target, CHUNK * size, true, &|index, chunk| work(index * CHUNK, chunk));
+    for_each_part(target, CHUNK * size, true, &|index, chunk| work(index * CHUNK, Out::new(chunk, is_around)));
 }
 
 /// Calls `work` with the number and the bytes of each part of `target`, the last of which may be shorter.
@@ -199,7 +208,7 @@ enum Elements<'a> {
     Strided(&'a [u8], &'a Walk),
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
     /// Elements `start..start + len` in row-major order; at most [`BLOCK`] of them.
     pub(crate) fn load(&mut self, start: usize, len: usize) -> &[u8] {
         debug_assert!(len <= BLOCK, "blocks are what buffers are made for");
@@ -230,6 +239,58 @@ impl Loader<'_> {
                 self.cast.run(source, target, &mut self.scratch, len);
             }
             _ => target.copy_from_slice(self.load(start, len)),
+        }
+    }
+
+    /// What [`Loader::load`] of the block from `start` on would read, as far as it lies together.
+    pub(crate) fn ahead(&self, start: usize) -> &'a [u8] {
+        let (bytes, first, count) = match self.source {
+            Elements::Constant => return &[],
+            Elements::Whole(bytes) => (bytes, start, BLOCK),
+            Elements::Strided(bytes, walk) => match walk.run_from(start) {
+                Some((first, count)) => (bytes, first, count.min(BLOCK)),
+                None => return &[],
+            },
+        };
+        let len = bytes.len() / self.from_size;
+        &bytes[first.min(len) * self.from_size..(first + count).min(len) * self.from_size]
+    }
+
+    /// Elements `start..start + len`, as many as there are, if they need neither gathering nor a cast.
+    pub(crate) fn plain(&self, start: usize, len: usize) -> Option<&'a [u8]> {
+        match self.source {
+            Elements::Whole(bytes) if self.cast.is_none() => {
+                Some(&bytes[start * self.from_size..(start + len) * self.from_size])
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether elements need no cast and follow each other in runs of at least a cache line: whether [`Loader::copy`] pays.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.cast.is_none() && (self.plain(0, 0).is_some() || self.ahead(0).len() >= LINE)
+    }
+
+    /// Brings elements `start..start + len` to `out`, from byte `at` on.
+    pub(crate) fn copy_to(&mut self, start: usize, len: usize, at: usize, out: &mut Out<'_>) {
+        if self.is_plain() {
+            return self.copy(start, len, at, out);
+        }
+        for done in (0..len).step_by(BLOCK) {
+            let count = BLOCK.min(len - done);
+            out.put(at + done * self.to_size, self.load(start + done, count), &[]);
+        }
+    }
+
+    /// Copies elements `start..start + len` to `out`, from byte `at` on, without a buffer in between.
+    fn copy(&self, start: usize, len: usize, mut at: usize, out: &mut Out<'_>) {
+        let (mut start, end) = (start, start + len);
+        while start < end {
+            let bytes = self.ahead(start);
+            let bytes = &bytes[..bytes.len().min((end - start) * self.from_size)];
+            start += bytes.len() / self.from_size;
+            out.put(at, bytes, self.ahead(start));
+            at += bytes.len();
         }
     }
 

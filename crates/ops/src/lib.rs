@@ -40,6 +40,7 @@ mod gradient;
 mod join;
 mod kernel;
 mod matmul;
+mod memory;
 mod optimizer;
 mod power;
 mod promote;

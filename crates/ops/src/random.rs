@@ -9,6 +9,7 @@ use crate::OpError;
 use crate::convert::{Buffer, Cast};
 use crate::elementwise::unsupported;
 use crate::kernel::{BLOCK, for_each_chunk, launch};
+use crate::memory::NOTHING;
 
 /// Numbers that are equally likely from 0 on, below 1.
 ///
@@ -77,9 +78,9 @@ fn random(
     }
     let size = dtype.size_bytes();
     launch(op, stream, &[], dtype, shape, move |_, target| {
-        for_each_chunk(target, size, |start, chunk| {
+        for_each_chunk(target, size, |start, mut out| {
             let (mut numbers, mut scratch) = (Buffer::default(), <[Buffer; 2]>::default());
-            for (index, block) in chunk.chunks_mut(BLOCK * size).enumerate() {
+            out.blocks(BLOCK * size, |index, block| {
                 // Blocks start at multiples of four elements, so that a counter's numbers are not split.
                 let (first, len) = (start + index * BLOCK, block.len() / size);
                 if dtype == DType::F64 {
@@ -87,7 +88,7 @@ fn random(
                         let numbers = double(philox(seed, (first / 2 + place) as u64));
                         pair.copy_from_slice(&numbers[..pair.len()]);
                     }
-                    continue;
+                    return Some(NOTHING);
                 }
                 let bytes = numbers.bytes(len * 4);
                 for (place, four) in bytemuck::cast_slice_mut::<u8, f32>(bytes).chunks_mut(4).enumerate() {
@@ -95,7 +96,8 @@ fn random(
                     four.copy_from_slice(&numbers[..four.len()]);
                 }
                 Cast::between(DType::F32, dtype).run(bytes, block, &mut scratch, len);
-            }
+                Some(NOTHING)
+            });
         });
         Ok(())
     })

@@ -110,6 +110,7 @@ macro_rules! sums {
         impl Fold<$type> for Sum {
             type Acc = $type;
             type Output = $type;
+            const IS_ABREAST: bool = true;
             fn empty(&self) -> $type {
                 <$type>::default()
             }
@@ -352,6 +353,7 @@ macro_rules! sums_of_squares {
         impl Fold<$type> for SumOfSquares {
             type Acc = $type;
             type Output = $type;
+            const IS_ABREAST: bool = true;
             fn empty(&self) -> $type {
                 0.0
             }

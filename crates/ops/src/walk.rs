@@ -4,6 +4,8 @@
 
 use farcall_device::Layout;
 
+mod tiles;
+
 /// Of the elements that a layout describes: where each lies in the storage. Dimensions are coalesced, so that a contiguous view is one
 /// run.
 #[derive(Debug, Clone)]
@@ -13,13 +15,6 @@ pub(crate) struct Walk {
     offset: usize,
     numel: usize,
 }
-
-/// Bytes of a tile's side: four cache lines, so that each page that is touched is worth its entry in the TLB.
-const TILE_BYTES: usize = 256;
-/// Elements of the longest side, of small elements.
-pub(crate) const TILE_MAX: usize = 64;
-/// Elements of the shortest side that is worth tiles.
-const TILE_MIN: usize = 16;
 
 #[derive(Debug, Clone, Copy)]
 struct Dim {
@@ -56,15 +51,6 @@ impl Walk {
     /// Elements of one index of the outermost dimension; at least 1.
     pub(crate) fn row_elements(&self) -> usize {
         (self.numel / self.dims[0].size.max(1)).max(1)
-    }
-
-    /// The view of at most `count` indices of the outermost dimension.
-    pub(crate) fn rows(&self, start: usize, count: usize) -> Self {
-        let mut rows = self.clone();
-        rows.dims[0].size = count.min(self.dims[0].size - start);
-        rows.offset += start * self.dims[0].stride;
-        rows.numel = rows.dims[0].size * self.row_elements();
-        rows
     }
 
     /// Whether all elements are one.
@@ -135,68 +121,15 @@ impl Walk {
         });
     }
 
-    /// Copies all elements of `source` in row-major order to `target`.
-    pub(crate) fn pack(&self, size: usize, source: &[u8], target: &mut [u8]) {
-        let Some(column) = self.column() else { return self.gather(size, source, 0, target) };
-        match size {
-            1 => self.pack_tiles::<1>(column, source, target),
-            2 => self.pack_tiles::<2>(column, source, target),
-            4 => self.pack_tiles::<4>(column, source, target),
-            8 => self.pack_tiles::<8>(column, source, target),
-            _ => self.pack_tiles::<16>(column, source, target),
+    /// Where element `start` lies and how many follow it there without gaps; `None` beyond the last one, and where there are none.
+    pub(crate) fn run_from(&self, start: usize) -> Option<(usize, usize)> {
+        let (mut left, mut at) = (start, self.offset);
+        let inner = self.dims.last().filter(|inner| inner.stride == 1 && start < self.numel)?;
+        for dim in self.dims.iter().rev() {
+            at += left % dim.size * dim.stride;
+            left /= dim.size;
         }
-    }
-
-    /// The dimension whose elements follow each other in the storage, if that is not the innermost, and both are worth tiles.
-    fn column(&self) -> Option<usize> {
-        let (inner, outer) = self.dims.split_last()?;
-        let column = outer.iter().position(|dim| dim.stride == 1 && dim.size >= TILE_MIN)?;
-        (inner.stride > 1 && inner.size >= TILE_MIN).then_some(column)
-    }
-
-    /// A transposed copy by tiles: each is read along the storage's order into a buffer and written along the target's, so that a cache
-    /// line is used whole when it is there, however far apart lines lie.
-    fn pack_tiles<const SIZE: usize>(&self, column: usize, source: &[u8], target: &mut [u8]) {
-        let last = self.dims.len() - 1;
-        let (inner, column_dim) = (self.dims[last], self.dims[column]);
-        // The distance of a column's elements in the target, and the dimensions that are neither.
-        let step: usize = self.dims[column + 1..].iter().map(|dim| dim.size).product();
-        let (target, _) = target.as_chunks_mut::<SIZE>();
-        let mut rest = self.clone();
-        rest.dims[last] = Dim { size: 1, stride: 0 };
-        rest.dims[column] = Dim { size: 1, stride: 0 };
-        rest.numel = self.numel / (inner.size * column_dim.size);
-        let mut weights = vec![1_usize; self.dims.len()];
-        for dim in (0..last).rev() {
-            weights[dim] = weights[dim + 1] * self.dims[dim + 1].size;
-        }
-        let side = (TILE_BYTES / SIZE).min(TILE_MAX);
-        let mut tile = vec![[0_u8; SIZE]; side * side];
-        for index in 0..rest.numel {
-            let (mut left, mut from, mut to) = (index, self.offset, 0);
-            for (dim, weight) in rest.dims.iter().zip(&weights).rev() {
-                from += left % dim.size * dim.stride;
-                to += left % dim.size * weight;
-                left /= dim.size;
-            }
-            for j in (0..column_dim.size).step_by(side) {
-                let columns = side.min(column_dim.size - j);
-                for i in (0..inner.size).step_by(side) {
-                    let rows = side.min(inner.size - i);
-                    for row in 0..rows {
-                        let start = from + (i + row) * inner.stride + j;
-                        let (line, _) = source[start * SIZE..(start + columns) * SIZE].as_chunks::<SIZE>();
-                        for (position, element) in line.iter().enumerate() {
-                            tile[position * side + row] = *element;
-                        }
-                    }
-                    for position in 0..columns {
-                        let start = to + (j + position) * step + i;
-                        target[start..start + rows].copy_from_slice(&tile[position * side..position * side + rows]);
-                    }
-                }
-            }
-        }
+        Some((at, inner.size - start % inner.size))
     }
 
     /// Copies `source` to elements `start..` of `target`, each of `size` bytes: the reverse of [`Walk::gather`].
@@ -236,7 +169,7 @@ mod tests {
     }
 
     /// Each element by its index alone.
-    fn expected(layout: &Layout) -> Vec<u16> {
+    pub(super) fn expected(layout: &Layout) -> Vec<u16> {
         (0..layout.numel())
             .map(|mut left| {
                 let mut at = layout.offset();
@@ -265,24 +198,15 @@ mod tests {
     }
 
     #[test]
-    fn transposed_views_are_packed_by_tiles_of_any_size() {
-        let source: Vec<u16> = (0..20 * 33 * 17).collect();
-        let base = Layout::contiguous(DType::U16, &[20, 33, 17]).unwrap();
-        for dims in [[2, 1, 0], [0, 2, 1], [1, 2, 0], [2, 0, 1]] {
-            let layout = base.permute(&dims).unwrap();
-            let (walk, expected) = (Walk::new(&layout), expected(&layout));
-            assert!(walk.column().is_some(), "{dims:?}");
-            let mut target = vec![0_u16; expected.len()];
-            walk.pack(2, bytemuck::cast_slice(&source), bytemuck::cast_slice_mut(&mut target));
-            assert_eq!(target, expected, "{dims:?}");
-            for (start, count) in [(0, 3), (2, 7), (5, 100)] {
-                let rows = walk.rows(start, count);
-                let mut target = vec![0_u16; rows.numel()];
-                rows.pack(2, bytemuck::cast_slice(&source), bytemuck::cast_slice_mut(&mut target));
-                let first = start * walk.row_elements();
-                assert_eq!(target, expected[first..first + rows.numel()], "{dims:?} rows {start} + {count}");
-            }
-        }
+    fn a_run_is_what_follows_without_gaps() {
+        let layout = &views()[3];
+        assert_eq!(Walk::new(layout).run_from(0), None, "a stride of its own");
+        let walk = Walk::new(&views()[2]);
+        assert_eq!(
+            [0, 9, 10, 29].map(|start| walk.run_from(start)),
+            [Some((5, 10)), Some((14, 1)), Some((25, 10)), Some((54, 1))]
+        );
+        assert_eq!(walk.run_from(30), None);
     }
 
     #[test]

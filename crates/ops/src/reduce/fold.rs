@@ -7,10 +7,12 @@ use bytemuck::Pod;
 use farcall_device::DType;
 
 use crate::convert::{Buffer, Cast};
-use crate::kernel::{BLOCK, CHUNK, Input, PARALLEL_MIN, for_each_part, map_parts};
+use crate::kernel::{BLOCK, CHUNK, Input, PARALLEL_MIN, for_each_part, map_parts, with_vectors};
 
 /// Elements of a row that are folded side by side, so that the compiler uses vectors and additions do not wait for each other.
 const LANES: usize = 16;
+/// Leaves that are folded side by side where elements are read as they are, and rows likewise: a processor reads the faster from several pages.
+const ABREAST: usize = 4;
 /// Rows that are folded one after the other, where results lie side by side.
 const LEAF_ROWS: usize = 64;
 
@@ -18,6 +20,8 @@ const LEAF_ROWS: usize = 64;
 pub(crate) trait Fold<C>: Sync {
     type Acc: Copy + Send + Sync;
     type Output: Pod + Send;
+    /// Whether several blocks are folded side by side: where an element is taken by so little that reading it takes longer.
+    const IS_ABREAST: bool = false;
     /// Before any element.
     fn empty(&self) -> Self::Acc;
     /// Takes the element at an index among those of the result.
@@ -119,7 +123,19 @@ fn rows<C: Pod, F: Fold<C>>(
     let chunk = |row: usize, start: usize| {
         let mut loader = input.loader(reads);
         let mut pairs = Pairs::new();
-        let end = (start + CHUNK).min(len);
+        let (mut start, end) = (start, (start + CHUNK).min(len));
+        if F::IS_ABREAST
+            && let Some(elements) = loader.plain(row * len + start, end - start)
+        {
+            let (groups, _) = bytemuck::cast_slice::<u8, C>(elements).as_chunks::<{ ABREAST * BLOCK }>();
+            for group in groups {
+                let blocks: [&[C]; ABREAST] = std::array::from_fn(|index| &group[index * BLOCK..(index + 1) * BLOCK]);
+                for leaf in leaves(by, blocks, start) {
+                    pairs.push(leaf, |a, b| by.join(a, b));
+                }
+                start += ABREAST * BLOCK;
+            }
+        }
         for at in (start..end).step_by(BLOCK) {
             let elements = bytemuck::cast_slice::<u8, C>(loader.load(row * len + at, BLOCK.min(end - at)));
             pairs.push(leaf(by, elements, at), |a, b| by.join(a, b));
@@ -140,20 +156,38 @@ fn rows<C: Pod, F: Fold<C>>(
 
 /// Folds elements by lanes, and the lanes in pairs.
 fn leaf<C: Pod, F: Fold<C>>(by: &F, elements: &[C], first: usize) -> F::Acc {
-    let (whole, rest) = elements.as_chunks::<LANES>();
-    // Compiled for the vectors of this processor.
-    let mut lanes = pulp::Arch::new().dispatch(|| {
-        let mut lanes = [by.empty(); LANES];
-        for (index, chunk) in whole.iter().enumerate() {
-            for (lane, (acc, element)) in lanes.iter_mut().zip(chunk).enumerate() {
-                by.take(acc, *element, first + index * LANES + lane);
+    let [leaf] = leaves(by, [elements], first);
+    leaf
+}
+
+/// Folds several blocks, which are as long and follow each other, each as [`leaf`] does.
+fn leaves<C: Pod, F: Fold<C>, const COUNT: usize>(by: &F, blocks: [&[C]; COUNT], first: usize) -> [F::Acc; COUNT] {
+    let len = blocks[0].len();
+    let whole = blocks.map(|block| &block.as_chunks::<LANES>().0[..len / LANES]);
+    let mut lanes = with_vectors(
+        #[inline(always)]
+        || {
+            let mut lanes = [[by.empty(); LANES]; COUNT];
+            for index in 0..len / LANES {
+                for (block, (lanes, whole)) in lanes.iter_mut().zip(&whole).enumerate() {
+                    for (lane, (acc, element)) in lanes.iter_mut().zip(&whole[index]).enumerate() {
+                        by.take(acc, *element, first + block * len + index * LANES + lane);
+                    }
+                }
             }
+            lanes
+        },
+    );
+    for (index, (lanes, block)) in lanes.iter_mut().zip(blocks).enumerate() {
+        let done = len / LANES * LANES;
+        for (lane, element) in block[done..].iter().enumerate() {
+            by.take(&mut lanes[lane], *element, first + index * len + done + lane);
         }
-        lanes
-    });
-    for (lane, element) in rest.iter().enumerate() {
-        by.take(&mut lanes[lane], *element, first + whole.len() * LANES + lane);
     }
+    lanes.map(|lanes| joined(by, lanes))
+}
+
+fn joined<C, F: Fold<C>>(by: &F, mut lanes: [F::Acc; LANES]) -> F::Acc {
     let mut width = LANES;
     while width > 1 {
         width /= 2;
@@ -189,10 +223,29 @@ fn columns<C: Pod, F: Fold<C>>(
         for leaf_start in (first..end).step_by(LEAF_ROWS) {
             let leaf_end = (leaf_start + LEAF_ROWS).min(end);
             let mut accs = vec![by.empty(); width];
+            let mut leaf_start = leaf_start;
+            let at = |row: usize| (outer * len + row) * inner + column;
+            while leaf_start + ABREAST <= leaf_end && loader.plain(at(leaf_start), width).is_some() {
+                let rows: [&[C]; ABREAST] = std::array::from_fn(|index| {
+                    bytemuck::cast_slice(loader.plain(at(leaf_start + index), width).unwrap_or_default())
+                });
+                let [a, b, c, d] = rows;
+                with_vectors(
+                    #[inline(always)]
+                    || {
+                        for ((((acc, a), b), c), d) in accs.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                            by.take(acc, *a, leaf_start);
+                            by.take(acc, *b, leaf_start + 1);
+                            by.take(acc, *c, leaf_start + 2);
+                            by.take(acc, *d, leaf_start + 3);
+                        }
+                    },
+                );
+                leaf_start += ABREAST;
+            }
             for row in (leaf_start..leaf_end).step_by(per_load) {
                 let count = per_load.min(leaf_end - row);
-                let start = (outer * len + row) * inner + column;
-                let elements = bytemuck::cast_slice::<u8, C>(loader.load(start, count * width));
+                let elements = bytemuck::cast_slice::<u8, C>(loader.load(at(row), count * width));
                 for (index, elements) in elements.chunks_exact(width).enumerate() {
                     for (acc, element) in accs.iter_mut().zip(elements) {
                         by.take(acc, *element, row + index);
