@@ -95,7 +95,7 @@ pub(crate) struct BenchArgs {
     /// End with code 3 unless the bytes take this path: `cuda_ipc`, `shm`, `ucx`, `unix` or `tcp`
     #[arg(long, value_name = "PATH")]
     require: Option<Channel>,
-    /// Whether waiting calls spin
+    /// Whether threads look for work before they sleep, on both sides; with `on`, calls are compared with a word that is polled
     #[arg(long, value_enum, default_value_t = Spin::Auto)]
     spin: Spin,
     /// Measure what the machine can do without farcall, too: copies, a futex, raw sockets; and give each row's ratio to it
@@ -163,6 +163,17 @@ enum Spin {
     Auto,
     On,
     Off,
+}
+
+impl Spin {
+    /// As the setting says it.
+    fn text(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
+        }
+    }
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
@@ -244,9 +255,6 @@ impl BenchArgs {
         if let Some(cpu) = self.cpus.iter().find(|cpu| **cpu >= processors) {
             return Err(format!("--cpus {cpu}: there are the processors 0 to {}", processors - 1));
         }
-        if self.spin == Spin::On {
-            return Err("--spin on: this version's calls never spin, they sleep until an answer comes".to_owned());
-        }
         if let Some(transport) = &self.transport {
             transport
                 .parse::<farcall::Transport>()
@@ -271,6 +279,7 @@ impl BenchArgs {
             check: !self.no_check,
             limits: self.limits,
             same_host: true,
+            spins: self.spin == Spin::On,
             require: self.require.map(|channel| channel.name().to_owned()),
             plant: self.plant_wrong_byte,
         })

@@ -101,9 +101,6 @@ pub enum Obstacle {
     /// One of the sides passes no slabs.
     #[error(transparent)]
     NoSlabs(NoSlabs),
-    /// Less than is worth a lease.
-    #[error("less than {min} bytes travel in the frame")]
-    Small { min: u64 },
     /// It would not be believed.
     #[error("the other side runs as user {there}, this one as {here}: run both as one user")]
     OtherUser { here: u32, there: u32 },
@@ -168,7 +165,7 @@ impl Decision {
 #[must_use]
 pub fn negotiate(transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u64, limits: &Limits) -> Decision {
     let mut taken = None;
-    let verdict = |channel| match (obstacle(channel, transport, here, there, bytes), taken) {
+    let verdict = |channel| match (obstacle(channel, transport, here, there), taken) {
         (Some(obstacle), _) => (channel, Verdict::Refused(obstacle)),
         (None, Some(first)) => (channel, Verdict::Behind(first)),
         (None, None) => {
@@ -177,7 +174,8 @@ pub fn negotiate(transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u
         }
     };
     let verdicts = Channel::ALL.into_iter().map(verdict).collect();
-    let carriage = if taken == Some(Channel::Shm) {
+    // Frames pass in shared memory, too (`shm::ring`): what is not worth a lease travels there.
+    let carriage = if taken == Some(Channel::Shm) && bytes >= LENT_BYTES_MIN {
         Carriage::Slab
     } else if bytes <= limits.inline_bytes_max {
         Carriage::Inline
@@ -188,7 +186,7 @@ pub fn negotiate(transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u
     Decision { verdicts, carriage, copies: copies.into_iter().filter(|(from, to)| from != to).collect() }
 }
 
-fn obstacle(channel: Channel, transport: Transport, here: &End<'_>, there: &End<'_>, bytes: u64) -> Option<Obstacle> {
+fn obstacle(channel: Channel, transport: Transport, here: &End<'_>, there: &End<'_>) -> Option<Obstacle> {
     match (channel, transport) {
         (Channel::CudaIpc | Channel::Ucx, _) => Some(Obstacle::NotBuilt),
         (Channel::Unix | Channel::Shm, Transport::Tcp) | (Channel::Tcp, Transport::Unix) => {
@@ -199,10 +197,9 @@ fn obstacle(channel: Channel, transport: Transport, here: &End<'_>, there: &End<
             (_, None) => Some(Obstacle::NoSocketThere),
             (Some(here), Some(there)) => here.distance(there),
         },
-        // Slabs are passed over a Unix socket.
-        (Channel::Shm, _) => obstacle(Channel::Unix, transport, here, there, bytes)
-            .or_else(|| here.no_slabs.or(there.no_slabs).cloned().map(Obstacle::NoSlabs))
-            .or_else(|| (bytes < LENT_BYTES_MIN).then_some(Obstacle::Small { min: LENT_BYTES_MIN })),
+        // Its memory is passed over a Unix socket.
+        (Channel::Shm, _) => obstacle(Channel::Unix, transport, here, there)
+            .or_else(|| here.no_slabs.or(there.no_slabs).cloned().map(Obstacle::NoSlabs)),
         (Channel::Tcp, _) => None,
     }
 }
@@ -216,7 +213,8 @@ mod tests {
     }
 
     fn decide(transport: Transport, here: Option<&LocalAddress>, there: Option<&LocalAddress>) -> Decision {
-        let end = |local| End { local, device: Device::HOST, no_slabs: None };
+        let off = NoSlabs::Off;
+        let end = |local| End { local, device: Device::HOST, no_slabs: Some(&off) };
         negotiate(transport, &end(here), &end(there), 8, &Limits::default())
     }
 
@@ -300,8 +298,8 @@ mod tests {
             assert_eq!(verdict(&decision, Channel::Shm), Verdict::Refused(Obstacle::NoSlabs(off.clone())));
         }
         let small = decide(None, None, LENT_BYTES_MIN - 1);
-        assert_eq!(verdict(&small, Channel::Shm), Verdict::Refused(Obstacle::Small { min: LENT_BYTES_MIN }));
-        assert_eq!(decide(None, None, LENT_BYTES_MIN).taken(), Some(Channel::Shm));
+        assert_eq!((small.taken(), small.carriage), (Some(Channel::Shm), Carriage::Inline), "frames pass there, too");
+        assert_eq!(decide(None, None, LENT_BYTES_MIN).carriage, Carriage::Slab);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Two words in a page that two processes share, and a thread that answers: the fastest that a sleeping process can be woken.
+//! Two words in a page that two processes share, and a thread that answers: the fastest that a sleeping process can be woken, or,
+//! if both sides look at the words all the time, that processes can tell each other anything.
 //!
 //! Invariant X1: each word is written by one side; the other side only waits for it to change.
 
@@ -15,6 +16,8 @@ use rustix::thread::futex::{Flags, Timespec, wait, wake};
 use serde::{Deserialize, Serialize};
 
 const PAGE_BYTES: u64 = 4096;
+/// How long a side looks before it sleeps, if it looks: longer than the other needs.
+const LOOK: Duration = Duration::from_millis(20);
 /// How long a side waits for the other.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// How long the answering thread stays without a question.
@@ -25,24 +28,27 @@ const IDLE_MAX: Duration = Duration::from_secs(120);
 pub(crate) struct Shared {
     pid: u32,
     descriptor: i32,
+    polled: bool,
 }
 
 /// A page with two words.
 pub(crate) struct Page {
     map: MmapRaw,
     asked: u32,
+    /// Both sides look at their word instead of sleeping on it.
+    polled: bool,
     /// Kept while the other side may open it.
     _fd: OwnedFd,
 }
 
 /// Makes a page, and a thread that answers on it.
-pub(crate) fn serve() -> io::Result<Shared> {
+pub(crate) fn serve(polled: bool) -> io::Result<Shared> {
     let fd = rustix::fs::memfd_create(c"farcall-bench", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     rustix::fs::ftruncate(&fd, PAGE_BYTES)?;
     // A page that nobody can cut off under its readers.
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    let shared = Shared { pid: std::process::id(), descriptor: fd.as_raw_fd() };
-    let page = Page::map(fd)?;
+    let shared = Shared { pid: std::process::id(), descriptor: fd.as_raw_fd(), polled };
+    let page = Page::map(fd, polled)?;
     std::thread::Builder::new().name("bench-futex".into()).spawn(move || page.answer())?;
     Ok(shared)
 }
@@ -50,16 +56,16 @@ pub(crate) fn serve() -> io::Result<Shared> {
 impl Page {
     pub(crate) fn open(shared: &Shared) -> io::Result<Self> {
         let path = format!("/proc/{}/fd/{}", shared.pid, shared.descriptor);
-        Self::map(File::options().read(true).write(true).open(path)?.into())
+        Self::map(File::options().read(true).write(true).open(path)?.into(), shared.polled)
     }
 
-    fn map(fd: OwnedFd) -> io::Result<Self> {
+    fn map(fd: OwnedFd, polled: bool) -> io::Result<Self> {
         let sealed = rustix::fs::fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK);
         if !sealed || rustix::fs::fstat(fd.as_fd())?.st_size != PAGE_BYTES as i64 {
             return Err(io::ErrorKind::InvalidData.into());
         }
         let map = MmapRaw::map_raw(&fd)?;
-        Ok(Self { map, asked: 0, _fd: fd })
+        Ok(Self { map, asked: 0, polled, _fd: fd })
     }
 
     /// Word 0 is the question's, word 1 the answer's.
@@ -76,6 +82,11 @@ impl Page {
     pub(crate) fn round_trip(&mut self) -> io::Result<()> {
         self.asked = self.asked.wrapping_add(1);
         self.say(0, self.asked)?;
+        if self.polled && self.look(1, self.asked.wrapping_sub(1)) {
+            return Ok(());
+        }
+        // Whoever has looked for long sleeps.
+        wake(self.word(0), Flags::empty(), 1)?;
         let deadline = Instant::now() + ANSWER_MAX;
         loop {
             let answer = self.word(1).load(Ordering::Acquire);
@@ -95,7 +106,7 @@ impl Page {
         while asked_at.elapsed() < IDLE_MAX {
             let question = self.word(0).load(Ordering::Acquire);
             let done = if question == answered {
-                self.sleep(0, answered)
+                if self.polled && self.look(0, answered) { Ok(()) } else { self.sleep(0, answered) }
             } else {
                 (answered, asked_at) = (question, Instant::now());
                 self.say(1, answered)
@@ -108,8 +119,26 @@ impl Page {
 
     fn say(&self, index: usize, value: u32) -> io::Result<()> {
         self.word(index).store(value, Ordering::Release);
-        wake(self.word(index), Flags::empty(), 1)?;
+        if !self.polled {
+            wake(self.word(index), Flags::empty(), 1)?;
+        }
         Ok(())
+    }
+
+    /// Whether the word is another within [`LOOK`].
+    fn look(&self, index: usize, value: u32) -> bool {
+        let until = Instant::now() + LOOK;
+        loop {
+            for _ in 0..64 {
+                if self.word(index).load(Ordering::Acquire) != value {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if Instant::now() > until {
+                return false;
+            }
+        }
     }
 
     /// Until the word is another, or for a second.
@@ -128,11 +157,13 @@ mod tests {
 
     #[test]
     fn questions_are_answered_over_two_mappings_of_a_page() {
-        let mut page = Page::open(&serve().expect("serves")).expect("opens");
-        for _ in 0..1000 {
-            page.round_trip().expect("an answer");
+        for polled in [false, true] {
+            let mut page = Page::open(&serve(polled).expect("serves")).expect("opens");
+            for _ in 0..1000 {
+                page.round_trip().expect("an answer");
+            }
+            assert_eq!(page.word(1).load(Ordering::Relaxed), 1000);
         }
-        assert_eq!(page.word(1).load(Ordering::Relaxed), 1000);
     }
 
     /// A file that its owner could shrink would end this process by a signal.
@@ -140,6 +171,6 @@ mod tests {
     fn a_page_that_is_not_sealed_is_refused() {
         let fd = rustix::fs::memfd_create(c"loose", MemfdFlags::ALLOW_SEALING).expect("a memfd");
         rustix::fs::ftruncate(&fd, PAGE_BYTES).expect("a page");
-        assert_eq!(Page::map(fd).err().map(|error| error.kind()), Some(io::ErrorKind::InvalidData));
+        assert_eq!(Page::map(fd, false).err().map(|error| error.kind()), Some(io::ErrorKind::InvalidData));
     }
 }

@@ -38,6 +38,8 @@ const ECHO: u64 = 1 << 63;
 pub(crate) enum Kind {
     /// A word in shared memory, woken through the kernel, there and back.
     Futex,
+    /// The same, looked at all the time.
+    Polled,
     /// A copy from warm memory to warm memory.
     Copy,
     /// The sum of all words of warm memory.
@@ -51,11 +53,12 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [Self::Futex, Self::Copy, Self::Read, Self::Unix, Self::Tcp, Self::TcpTuned];
+    const ALL: [Self; 7] = [Self::Futex, Self::Polled, Self::Copy, Self::Read, Self::Unix, Self::Tcp, Self::TcpTuned];
 
     fn name(self) -> &'static str {
         match self {
             Self::Futex => "futex",
+            Self::Polled => "polled word",
             Self::Copy => "memcpy",
             Self::Read => "memread",
             Self::Unix => "raw unix",
@@ -65,11 +68,12 @@ impl Kind {
     }
 
     /// What the bytes of a row cannot be faster than: of each of these kinds that lead there the best, all of them added.
-    fn of_row(op: Op, path: Channel) -> Vec<&'static [Self]> {
+    fn of_row(op: Op, path: Channel, spins: bool) -> Vec<&'static [Self]> {
         let wire = match path {
             Channel::Unix => &[Self::Unix][..],
             Channel::Tcp => &[Self::Tcp, Self::TcpTuned],
             // Nothing moves but a word.
+            _ if spins => &[Self::Polled],
             _ => &[Self::Futex],
         };
         match op {
@@ -102,10 +106,10 @@ fn listen(cx: &Call, kind: Kind, bytes_max: u64) -> farcall::Result<Listening> {
     Ok(serve(kind, address, bytes_max)?)
 }
 
-/// The page of a futex, shared by this worker, and a thread of it that answers.
+/// The page of a futex, shared by this worker, and a thread of it that answers, as it is asked.
 #[farcall::function(name = "bench::futex")]
-fn share_futex() -> farcall::Result<futex::Shared> {
-    Ok(futex::serve()?)
+fn share_futex(polled: bool) -> farcall::Result<futex::Shared> {
+    Ok(futex::serve(polled)?)
 }
 
 fn serve(kind: Kind, address: IpAddr, bytes_max: u64) -> io::Result<Listening> {
@@ -217,13 +221,14 @@ impl Limits {
 
     fn instrument(&self, agent: &Agent, kind: Kind, bytes_max: u64, same_host: bool) -> Result<Instrument, String> {
         let text = |error: io::Error| error.to_string();
-        if matches!(kind, Kind::Futex | Kind::Unix) && !same_host {
+        if matches!(kind, Kind::Futex | Kind::Polled | Kind::Unix) && !same_host {
             return Err("the other worker is on another host".to_owned());
         }
         match kind {
             Kind::Copy | Kind::Read => return Ok(Instrument::Memory),
-            Kind::Futex => {
-                let shared = agent.to(1).call(share_futex, ()).wait().map_err(|error| error.to_string())?;
+            Kind::Futex | Kind::Polled => {
+                let polled = kind == Kind::Polled;
+                let shared = agent.to(1).call(share_futex, (polled,)).wait().map_err(|error| error.to_string())?;
                 return futex::Page::open(&shared).map(Instrument::Futex).map_err(text);
             }
             _ => {}
@@ -258,10 +263,11 @@ impl Limits {
     pub(crate) fn table(&mut self, sizes: &[u64]) -> io::Result<Vec<Limit>> {
         let mut limits = Vec::new();
         for kind in Kind::ALL {
-            let sizes = if kind == Kind::Futex { &[8][..] } else { sizes };
+            let is_word = matches!(kind, Kind::Futex | Kind::Polled);
+            let sizes = if is_word { &[8][..] } else { sizes };
             for size_bytes in sizes.iter().copied() {
                 let Some(us) = self.measure(kind, size_bytes, false)? else { continue };
-                let gb_per_s = (kind != Kind::Futex).then_some(size_bytes as f64 / us / 1e3);
+                let gb_per_s = (!is_word).then_some(size_bytes as f64 / us / 1e3);
                 limits.push(Limit { name: kind.name().to_owned(), size_bytes, p50_us: us, gb_per_s });
             }
         }
@@ -269,9 +275,15 @@ impl Limits {
     }
 
     /// What a row is compared with, measured now.
-    pub(crate) fn of_row(&mut self, op: Op, size_bytes: u64, path: Channel) -> io::Result<Option<RowLimit>> {
+    pub(crate) fn of_row(
+        &mut self,
+        op: Op,
+        size_bytes: u64,
+        path: Channel,
+        spins: bool,
+    ) -> io::Result<Option<RowLimit>> {
         let (mut names, mut us, echo) = (Vec::new(), 0.0, op == Op::Echo);
-        for kinds in Kind::of_row(op, path) {
+        for kinds in Kind::of_row(op, path, spins) {
             let mut best: Option<(f64, Kind)> = None;
             for kind in kinds {
                 if let Some(us) = self.measure(*kind, size_bytes, echo)?
@@ -282,7 +294,7 @@ impl Limits {
             }
             let Some((least, kind)) = best else { return Ok(None) };
             us += least;
-            names.push(if echo && kind != Kind::Futex {
+            names.push(if echo && !matches!(kind, Kind::Futex | Kind::Polled) {
                 format!("{} echo", kind.name())
             } else {
                 kind.name().to_owned()

@@ -117,6 +117,8 @@ pub(crate) struct Plan {
     pub(crate) check: bool,
     /// Measure what the machine can do without farcall, too.
     pub(crate) limits: bool,
+    /// Threads look for work all the time.
+    pub(crate) spins: bool,
     /// The workers are on one host, as far as the launcher knows.
     pub(crate) same_host: bool,
     /// The path that must be taken.

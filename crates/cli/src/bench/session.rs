@@ -137,6 +137,7 @@ fn worker(program: &Command, args: &BenchArgs, rank: u32) -> Command {
     }
     command.envs(args.devices.iter().map(|devices| ("FARCALL_DEVICES", devices)));
     command.envs(args.streams.iter().map(|streams| ("FARCALL_CPU_STREAMS", streams)));
+    command.env("FARCALL_SPIN", args.spin.text());
     command.envs(args.transport.iter().map(|transport| ("FARCALL_TRANSPORT", transport)));
     command
 }
