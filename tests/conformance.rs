@@ -8,6 +8,7 @@ mod dtypes;
 mod errors;
 mod handlers;
 mod layouts;
+mod many;
 mod operators;
 mod order;
 mod sizes;

@@ -13,8 +13,8 @@ pub use farcall_device::{
 };
 pub use farcall_macros::{Value, function};
 pub use farcall_rpc::{
-    Agent, Builtin, BuiltinError, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry,
-    RemoteError, Reply, Result, Stage, To, settings,
+    Agent, Builtin, BuiltinError, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Outcomes,
+    Registry, RemoteError, Replies, Reply, Result, SomeFailed, Stage, To, ToAll, settings,
 };
 pub use farcall_schema::{
     self as schema, FromValue, Kwargs, NoMatch, Ref, Refused, Schema, Value, ValueError, args, kwargs,

@@ -249,6 +249,11 @@ impl<T> Reply<T> {
         Self { slot, endpoint, detached: false, read }
     }
 
+    /// The worker that was called, by its name.
+    pub fn worker(&self) -> &Arc<str> {
+        &self.slot.id.worker
+    }
+
     /// Lets the call go on without a waiter: its value and its failure are nobody's. One that was made by
     /// [`Call::to`](crate::Call::to) still ends with the call in whose name it was made.
     pub fn detach(mut self) {

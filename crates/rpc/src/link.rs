@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use farcall_device::Encoded;
+use farcall_device::{Device, Encoded};
 use farcall_transport::frame::Kind;
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
@@ -22,6 +22,7 @@ use crate::context::Call;
 use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
 use crate::function::{AnswerFuture, HandlerKind};
+use crate::parcel::{Contents, Parcel};
 use crate::registry::{FunctionKind, Registered, Registry};
 use crate::scope::Scope;
 use crate::sim::Census;
@@ -72,14 +73,15 @@ struct Request {
     slot: Arc<Slot>,
     call: u64,
     function: Arc<Interned>,
-    metadata: Vec<u8>,
-    staged: Staged,
+    contents: Contents,
+    /// Of its tensors, there.
+    devices: Vec<Device>,
 }
 
 impl Request {
     /// What it takes of the window.
     fn bytes(&self) -> u64 {
-        self.staged.tensors.iter().map(|tensor| tensor.layout().size_bytes() as u64).sum()
+        self.contents.tensors.iter().map(|tensor| tensor.layout().size_bytes() as u64).sum()
     }
 }
 
@@ -180,15 +182,24 @@ impl Link {
         function: &Arc<Interned>,
         encoded: Encoded,
     ) {
-        let Encoded { metadata, tensors } = encoded;
-        let mut staged = match stage(&endpoint.driver().config().runtime, tensors, endpoint.lends()) {
-            Ok(staged) => staged,
+        match Parcel::new(&endpoint.driver().config().runtime, encoded, endpoint.lends()) {
+            Ok(parcel) => self.post(endpoint, slot, function, parcel),
             Err(error) => {
                 slot.complete(Err(error.into()));
-                return;
             }
-        };
-        for device in &mut staged.devices {
+        }
+    }
+
+    /// As [`Link::request`], of arguments that are fit for the wire.
+    pub(crate) fn post(
+        self: &Arc<Self>,
+        endpoint: &Arc<Endpoint>,
+        slot: &Arc<Slot>,
+        function: &Arc<Interned>,
+        parcel: Parcel,
+    ) {
+        let Parcel { contents, mut devices, pending } = parcel;
+        for device in &mut devices {
             let Some(there) = self.devices.there(*device) else {
                 let (call, map) = (slot.id.clone(), self.devices.clone());
                 slot.complete(Err(CallError::Unmapped { call, device: *device, map }));
@@ -214,8 +225,7 @@ impl Link {
             slot.complete(Err(lost(&slot.id, endpoint, cause)));
             return;
         }
-        let pending = std::mem::take(&mut staged.pending);
-        let request = Request { slot: Arc::clone(slot), call, function: Arc::clone(function), metadata, staged };
+        let request = Request { slot: Arc::clone(slot), call, function: Arc::clone(function), contents, devices };
         if pending.is_empty() {
             return self.send_request(endpoint, request);
         }
@@ -256,16 +266,16 @@ impl Link {
     }
 
     fn transmit(&self, endpoint: &Arc<Endpoint>, request: &Request) {
-        let Request { slot, call, function, metadata, staged } = request;
+        let Request { slot, call, function, contents, devices } = request;
         let left = slot.deadline.saturating_duration_since(endpoint.driver().now());
         let outbound = Outbound {
             kind: Kind::Request,
             call: *call,
             function: function.id,
             deadline_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX).max(1),
-            metadata,
-            tensors: &staged.tensors,
-            devices: &staged.devices,
+            metadata: &contents.metadata,
+            tensors: &contents.tensors,
+            devices,
         };
         if let Err(error) = endpoint.send_to_function(&outbound, &function.announcement) {
             // Its close may have taken the slot already; a slot is completed once.
