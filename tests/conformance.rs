@@ -7,6 +7,7 @@ mod devices;
 mod dtypes;
 mod errors;
 mod handlers;
+mod into;
 mod layouts;
 mod many;
 mod operators;

@@ -12,13 +12,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use farcall_device::codec::decode;
-use farcall_device::{DeviceFuture, Encoded, Fences, Ready, Storages, Stream};
+use farcall_device::{DeviceFuture, Encoded, Fences, Param, Ready, Storages, Stream};
 use farcall_schema::{FromValue, Value, ValueError};
 use farcall_transport::{Endpoint, is_forked_child};
 use serde::de::DeserializeOwned;
 
 use crate::agent::Inner;
 use crate::error::Stage;
+use crate::filling::{Filling, Targets};
 use crate::link::{Link, reached};
 use crate::scope::Scope;
 use crate::{CallError, CallId};
@@ -54,6 +55,8 @@ pub(crate) struct Slot {
     sent: AtomicBool,
     /// Where it was sent, once it is in a table.
     origin: OnceLock<Origin>,
+    /// Where the reply's tensors go, if the caller has said so.
+    targets: OnceLock<Arc<Targets>>,
     state: Mutex<State>,
     parked: Condvar,
 }
@@ -75,6 +78,7 @@ impl Slot {
             deadline,
             sent: AtomicBool::new(false),
             origin: OnceLock::new(),
+            targets: OnceLock::new(),
             state: Mutex::new(State::Waiting(None)),
             parked: Condvar::new(),
         })
@@ -89,6 +93,16 @@ impl Slot {
         if reached == Stage::Waiting && !self.sent.load(Ordering::Relaxed) { Stage::Queued } else { reached }
     }
 
+    pub(crate) fn targets(&self) -> Option<&Arc<Targets>> {
+        self.targets.get()
+    }
+
+    /// From now on; a reply that begins before goes there once it has come.
+    fn set_targets(&self, targets: Arc<Targets>) {
+        // A reply is given targets once: that takes it.
+        let _ = self.targets.set(targets);
+    }
+
     pub(crate) fn set_origin(&self, origin: Origin) {
         // A call is made once.
         let _ = self.origin.set(origin);
@@ -96,6 +110,10 @@ impl Slot {
 
     /// Sets the outcome and wakes the waiter; `false` if there is an outcome already (C1).
     pub(crate) fn complete(&self, outcome: Result<Encoded, CallError>) -> bool {
+        if let Some(targets) = self.targets() {
+            // Before the waiter wakes; without this slot's lock, as others may wait for the parameters.
+            targets.end(outcome.as_ref().ok());
+        }
         let mut state = lock(&self.state);
         if !state.is_waiting() {
             return false;
@@ -151,7 +169,11 @@ impl Slot {
         !lock(&self.state).is_waiting()
     }
 
-    fn poll(&self, waker: &Waker) -> Poll<Result<Encoded, CallError>> {
+    fn is_failed(&self) -> bool {
+        matches!(*lock(&self.state), State::Done(Err(_)))
+    }
+
+    pub(crate) fn poll(&self, waker: &Waker) -> Poll<Result<Encoded, CallError>> {
         if is_forked_child() {
             return Poll::Ready(Err(CallError::ForkedProcess { call: self.id.clone() }));
         }
@@ -254,6 +276,50 @@ impl<T> Reply<T> {
         &self.slot.id.worker
     }
 
+    /// Has the reply's tensor come into memory that is there: `param`'s, where nobody reads it. See [`Reply::into_each`].
+    ///
+    /// ```no_run
+    /// # use farcall_device::{Param, Tensor};
+    /// # use farcall_rpc::{Agent, CallError, Function};
+    /// # async fn example<F>(agent: &Agent, fetch: F, weights: &Param) -> Result<(), CallError>
+    /// # where F: Function<Args = (String,), Output = Tensor> {
+    /// agent.to("w0").call(fetch, ("encoder.0.weight",)).into(weights).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into(self, param: &Param) -> Filling<T> {
+        self.into_each(std::slice::from_ref(param))
+    }
+
+    /// Has the reply's tensors, in the order in which its value names them, come into `params`, as many as there are.
+    ///
+    /// They are all compared with the parameters first: one of another dtype or shape, or another number of them, is
+    /// [`CallError::Misfit`], and no parameter is touched. Each value then is written in place, unless somebody holds it
+    /// ([`Param::value`]) or its bytes lie in no memory of this worker: then memory from the pool becomes the parameter's.
+    /// Tensors of any device go to where the parameters are, on a stream behind the fences of both. The value of the call holds
+    /// the parameters' new values: dropped, it does not keep the next write from being in place.
+    ///
+    /// # Errors
+    /// [`CallError::Misfit`], else as for the reply. After an error each parameter has its old value, or its new one as a whole, or
+    /// is *torn*: bytes of a socket had begun to land in it, and did not all come. Each use of a torn value is
+    /// [`DeviceError::Torn`](farcall_device::DeviceError::Torn), until it is received, copied or written whole.
+    /// # Cancel safety
+    /// As of the reply; a parameter whose bytes were on their way is torn. Until a value that lands in place is there, or the call
+    /// has ended, [`Param::value`] and steps on it wait: never ask in an inline handler.
+    /// # Cost
+    /// Bytes of a socket land in the parameter's memory, if they are in row-major order and it is on the host; it is too late for
+    /// that if the reply has begun before `into` was called. Tensors of slabs and of this worker itself are copied once, by whoever
+    /// waits.
+    pub fn into_each(self, params: &[Param]) -> Filling<T> {
+        let targets = Arc::new(Targets::new(params.to_vec()));
+        self.slot.set_targets(Arc::clone(&targets));
+        if self.slot.is_failed() {
+            // It failed before anybody was told of the targets.
+            targets.end(None);
+        }
+        Filling::new(self, targets)
+    }
+
     /// Lets the call go on without a waiter: its value and its failure are nobody's. One that was made by
     /// [`Call::to`](crate::Call::to) still ends with the call in whose name it was made.
     pub fn detach(mut self) {
@@ -275,7 +341,7 @@ impl<T> Reply<T> {
         self.read(&encoded)
     }
 
-    fn wait_encoded(&self) -> Result<Encoded, CallError> {
+    pub(crate) fn wait_encoded(&self) -> Result<Encoded, CallError> {
         if is_forked_child() {
             // Whoever was to bring the reply is a thread of the parent.
             return Err(CallError::ForkedProcess { call: self.slot.id.clone() });
@@ -331,7 +397,11 @@ impl<T> Reply<T> {
         })
     }
 
-    fn read(&self, encoded: &Encoded) -> Result<T, CallError> {
+    pub(crate) fn slot(&self) -> &Arc<Slot> {
+        &self.slot
+    }
+
+    pub(crate) fn read(&self, encoded: &Encoded) -> Result<T, CallError> {
         (self.read)(encoded).map_err(|message| CallError::BadReply { call: self.slot.id.clone(), message })
     }
 }

@@ -162,6 +162,9 @@ pub enum CallError {
     /// The handler's value could not be sent or read.
     #[error("{call}: reply: {message}")]
     BadReply { call: CallId, message: String },
+    /// The reply's tensors are not those that its parameters can hold; none was touched.
+    #[error("{call}: the reply's tensors do not fit the parameters: {misfit}")]
+    Misfit { call: CallId, misfit: Misfit },
     /// The call that made this one was cancelled, or lost its caller.
     #[error("{call}: cancelled, as nobody waits for its value any more")]
     Cancelled { call: CallId },
@@ -194,6 +197,19 @@ pub enum CallError {
     /// A value on a device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+/// What does not fit in [`CallError::Misfit`].
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "the messages name the fields")]
+pub enum Misfit {
+    /// More or fewer tensors than parameters.
+    #[error("there are {found}, for {expected} parameters")]
+    Count { expected: usize, found: usize },
+    /// A tensor of another dtype or shape than its parameter.
+    #[error("tensor {tensor}: {source}")]
+    Tensor { tensor: usize, source: DeviceError },
 }
 
 fn did_you_mean(nearest: &[&str]) -> String {

@@ -11,8 +11,8 @@ use farcall_device::{Device, Encoded};
 use farcall_transport::frame::Kind;
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
-    CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, Unanswered, WorkerId,
-    stage,
+    CloseCause, Endpoint, Frame, Job, Outbound, Peer, Placer, ProtocolError, Staged, TransferError, Turn, Unanswered,
+    WorkerId, stage,
 };
 use serde::{Deserialize, Serialize};
 
@@ -453,7 +453,9 @@ impl Link {
         }
         // Abandoned: the late answer is nobody's.
         let Some(slot) = slot else { return Ok(()) };
-        let outcome = if let Err(message) = self.place_result(endpoint, &mut frame) {
+        // What goes into parameters is copied to wherever they are.
+        let placed = if slot.targets().is_some() { Ok(()) } else { self.place_result(endpoint, &mut frame) };
+        let outcome = if let Err(message) = placed {
             Err(CallError::BadReply { call: slot.id.clone(), message })
         } else if frame.kind == Kind::Reply {
             Ok(Encoded { metadata: frame.metadata, tensors: frame.tensors })
@@ -742,6 +744,11 @@ impl Peer for Link {
             }
             _ => farcall_transport::limited!(warn, peer = %self.worker, %cause, "lost a worker"),
         }
+    }
+
+    fn placer(&self, call: u64) -> Option<Arc<dyn Placer>> {
+        let targets = Arc::clone(lock(&self.calls).table.waiting_slot(call)?.targets()?);
+        Some(targets)
     }
 
     fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant> {

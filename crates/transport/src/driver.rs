@@ -48,8 +48,8 @@ use crate::strangers::Strangers;
 use crate::tls::Session;
 use crate::tls::Tls;
 use crate::{
-    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, NoSlabs, ProtocolError, Route, TransferError, Transport,
-    WorkerInfo, local, shm, tcp,
+    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, NoSlabs, Placer, ProtocolError, Route, TransferError,
+    Transport, WorkerInfo, local, shm, tcp,
 };
 
 /// How often a stopping driver looks whether all goodbyes are taken.
@@ -85,6 +85,11 @@ pub trait Peer: Send + Sync + 'static {
     fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>);
     /// Fails what is overdue; gives the next deadline.
     fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant>;
+    /// A reply with tensors begins: who has memory for them, if the caller of that call has.
+    fn placer(&self, call: u64) -> Option<Arc<dyn Placer>> {
+        let _ = call;
+        None
+    }
 }
 
 /// How a [`Driver`] is set up.

@@ -139,6 +139,7 @@ impl Endpoint {
     pub fn dial(driver: &Arc<Driver>, target: &WorkerInfo, peer: Arc<dyn Peer>) -> Result<Arc<Self>, TransferError> {
         let (socket, route) = driver.connect(target)?;
         let endpoint = Self::new(driver, socket, Some((target.clone(), route)), Status::Connecting, 0)?;
+        lock(&endpoint.rx).place_by(Arc::downgrade(&peer));
         if endpoint.peer.set(peer).is_err() {
             unreachable!("a new endpoint has no peer");
         }
@@ -494,6 +495,7 @@ impl Endpoint {
         acceptor: Option<Acceptor>,
     ) -> Result<(), CloseCause> {
         let key = lock(&self.bulk).key;
+        lock(&self.rx).place_by(Arc::downgrade(&peer));
         if self.peer.set(peer).is_err() {
             unreachable!("an endpoint is welcomed once");
         }

@@ -2,18 +2,19 @@
 //!
 //! [`Receiver`] takes the control connection's bytes as they come. Tensors up to the inline limit land in recycled
 //! storages as they arrive; larger ones make the frame wait in [`Transfers`] until their chunks are in. Those in slabs of the
-//! peer are there already.
+//! peer are there already. A reply's may land in memory of its caller's ([`Placer`]).
 //! Invariant LIMITS: header, then descriptors are checked before a storage is allocated.
 //! Invariant R1: a frame that waits for its bulk payload delays no later frame.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
 
 use crate::descriptor::{Descriptor, Mode};
+use crate::driver::Peer;
 use crate::frame::{HEADER_BYTES, Header, Kind};
 use crate::planted::{self, Bug};
 use crate::shm::Borrower;
@@ -128,13 +129,49 @@ pub(crate) struct Receiver {
     borrower: Option<Borrower>,
     /// Those that came with bytes so far, and whose frames did not.
     descriptors: VecDeque<OwnedFd>,
+    /// Who may have memory for the tensors of replies.
+    owner: Option<Weak<dyn Peer>>,
+}
+
+/// A tensor of a reply whose descriptor has come.
+#[derive(Clone, Debug)]
+pub struct Arriving {
+    /// Its layout.
+    pub layout: Layout,
+    /// Its bytes are still to come; else they lie in a slab.
+    pub travels: bool,
+}
+
+/// Memory that a caller has for the tensors of a reply.
+pub trait Placer: Send + Sync {
+    /// A place for each tensor: host memory of exactly the bytes that travel, or `None` for recycled memory. All that is wrong
+    /// with the tensors is told later, with the frame.
+    fn place(&self, tensors: &[Arriving]) -> Vec<Option<StorageMut>>;
 }
 
 impl Receiver {
     pub(crate) fn new(limits: Limits, runtime: Runtime) -> Self {
         let inflow = Arc::default();
         let (head, state) = ([0; HEADER_BYTES], State::Head);
-        Self { limits, runtime, head, head_len: 0, state, inflow, borrower: None, descriptors: VecDeque::new() }
+        let descriptors = VecDeque::new();
+        Self { limits, runtime, head, head_len: 0, state, inflow, borrower: None, descriptors, owner: None }
+    }
+
+    /// From the next frame on, `owner` is asked for memory for replies.
+    pub(crate) fn place_by(&mut self, owner: Weak<dyn Peer>) {
+        self.owner = Some(owner);
+    }
+
+    /// The caller's memory for the tensors of a reply, if it has any; `table` is checked before anybody is asked.
+    fn places(&self, header: &Header, mut table: &[u8]) -> Result<Vec<Option<StorageMut>>, ProtocolError> {
+        let owner = self.owner.as_ref().filter(|_| header.tensors > 0).and_then(Weak::upgrade);
+        let Some(placer) = owner.and_then(|owner| owner.placer(header.call)) else { return Ok(Vec::new()) };
+        let mut arriving = Vec::with_capacity(header.tensors as usize);
+        for _ in 0..header.tensors {
+            let Descriptor { layout, mode, .. } = Descriptor::read(&mut table, &self.limits)?;
+            arriving.push(Arriving { layout, travels: !matches!(mode, Mode::Slab(_)) });
+        }
+        Ok(placer.place(&arriving))
     }
 
     /// Tensor bytes of the peer's requests that are not answered.
@@ -245,7 +282,8 @@ impl Receiver {
         let mut frame_bytes = 0_u64;
         // Only answers make it less meanwhile.
         let others = if kind == Kind::Request { self.inflow.0.load(Ordering::Acquire) } else { 0 };
-        for _ in 0..header.tensors {
+        let mut places = if kind == Kind::Reply { self.places(header, table)? } else { Vec::new() };
+        for index in 0..header.tensors as usize {
             let Descriptor { layout, device, mode, len_bytes } = Descriptor::read(&mut table, &self.limits)?;
             frame_bytes = frame_bytes.saturating_add(len_bytes);
             crate::frame::limit("tensor bytes in one frame", frame_bytes, self.limits.tensor_bytes_max)?;
@@ -258,7 +296,8 @@ impl Receiver {
                 // Before the allocation: an inline tensor is never larger than the payload that carries it.
                 crate::frame::limit("inline payload bytes", inline_bytes, header.payload_len)?;
             }
-            let alloc = || self.runtime.alloc_host(len_bytes as usize);
+            let place = places.get_mut(index).and_then(Option::take).filter(|place| place.len() as u64 == len_bytes);
+            let alloc = || place.map_or_else(|| self.runtime.alloc_host(len_bytes as usize), Ok);
             let place = match mode {
                 Mode::Inline => Place::Inline(alloc()?),
                 Mode::Bulk(transfer) => {
