@@ -7,10 +7,11 @@
 mod file;
 mod progress;
 mod shelf;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Condvar, LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use farcall::prelude::*;
@@ -20,26 +21,16 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::Failure;
 pub(crate) use file::check;
 use progress::Progress;
-use shelf::{Digests, Problem, Shelf, Spec, differences, digest};
+pub(crate) use warm::ALLOCATOR;
 
-/// For the C library of the workers: what was used once stays, in one heap. Else it gives memory back to the system between rounds,
-/// takes it again, and each page of it is a fault.
-pub(crate) const ALLOCATOR: [(&str, &str); 4] = [
-    ("MALLOC_ARENA_MAX", "1"),
-    ("MALLOC_TRIM_THRESHOLD_", "1073741824"),
-    ("MALLOC_MMAP_THRESHOLD_", "33554432"),
-    ("MALLOC_TOP_PAD_", "16777216"),
-];
+use shelf::{Digests, Problem, Shelf, Spec, differences, digest};
 
 /// Tensors travel in calls of about so many bytes, so that a reader copies some while others come.
 const BATCH_BYTES: usize = 16 << 20;
-/// What a thread of a reader may use beside tensors.
-const STACK_BYTES: usize = 192 << 10;
-const HEAP_BYTES: usize = 1 << 20;
 /// Threads of a reader beside those that copy parts of a version.
 const SPARE_THREADS: usize = 6;
-/// How long they may take to come.
-const WARM_MAX: Duration = Duration::from_secs(10);
+/// How often they are all held: another one reads the connections each time.
+const WAVES: usize = 4;
 /// How long publishing a version may take.
 const ROUND_MAX: Duration = Duration::from_secs(60);
 
@@ -51,6 +42,8 @@ static SHELF: LazyLock<Shelf> = LazyLock::new(Shelf::default);
 #[farcall::function(name = "demo::weights::prepare")]
 fn prepare(cx: &Call, tensors: Vec<Spec>) -> farcall::Result<()> {
     SHELF.prepare(&tensors)?;
+    warm::heap();
+    warm::program()?;
     // Over sockets a version is received into memory of the pool first: there must be some of each size.
     let mut memories = Vec::new();
     for Spec { dtype, shape, .. } in &tensors {
@@ -62,20 +55,16 @@ fn prepare(cx: &Call, tensors: Vec<Spec>) -> farcall::Result<()> {
     Ok(())
 }
 
-/// Holds a thread until `threads` are held, and touches what each of them will use: memory that it first uses in a later round would
-/// cost a page fault then. Whether so many came.
-#[farcall::function(name = "demo::weights::warm")]
-fn warm(threads: usize) -> bool {
-    static HELD: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
-    let (held, came) = &HELD;
-    let mut count = held.lock().unwrap_or_else(PoisonError::into_inner);
-    *count += 1;
-    came.notify_all();
-    let waited = came.wait_timeout_while(count, WARM_MAX, |count| *count < threads);
-    let all = waited.map_or_else(|poisoned| *poisoned.into_inner().0 >= threads, |(count, _)| *count >= threads);
-    std::hint::black_box(&mut [0_u8; STACK_BYTES]).fill(1);
-    drop(std::hint::black_box(vec![1_u8; HEAP_BYTES]));
-    all
+/// Holds a thread until so many are held, and touches what each of them will use. Whether so many came.
+#[farcall::function(name = "demo::weights::hold_threads")]
+fn hold_threads(threads: usize) -> bool {
+    warm::threads(threads)
+}
+
+/// The same for the thread that reads this worker's connections.
+#[farcall::function(name = "demo::weights::touch", inline)]
+fn touch() {
+    warm::stack();
 }
 
 /// Gathers tensors of a version; gives those that could not be.
@@ -203,9 +192,14 @@ impl<'a> Publisher<'a> {
     fn warm(&self) -> Result<(), Failure> {
         let tensors = self.weights.iter().map(|(name, param)| (name.clone(), param.value()));
         let threads = batches(tensors.collect()).len() + SPARE_THREADS;
-        let calls: Vec<_> = (0..threads).map(|_| self.agent.to_all(&self.readers).call(warm, (threads,))).collect();
-        for replies in calls {
-            replies.wait().into_values()?;
+        let to_all = || self.agent.to_all(&self.readers);
+        for wave in 1..=WAVES {
+            let calls: Vec<_> = (0..threads).map(|_| to_all().call(hold_threads, (wave * threads,))).collect();
+            for replies in calls {
+                replies.wait().into_values()?;
+            }
+            // Who reads the connections was not held.
+            to_all().call(touch, ()).wait().into_values()?;
         }
         Ok(())
     }
