@@ -4,6 +4,7 @@ mod builtins;
 mod cancel;
 mod derived;
 mod devices;
+mod digests;
 mod dtypes;
 mod errors;
 mod handlers;

@@ -134,6 +134,7 @@ pub(crate) struct Inner {
     pub(crate) me: WorkerId,
     device_maps: HashMap<String, DeviceMap>,
     deadline: Duration,
+    digests: bool,
     runtime_given: Option<Handle>,
     runtime_own: Mutex<Option<tokio::runtime::Runtime>>,
     pub(crate) this: Weak<Inner>,
@@ -178,6 +179,7 @@ impl Agent {
             me: driver.config().worker.id.clone(),
             device_maps: options.device_maps.clone(),
             deadline: options.deadline,
+            digests: options.digests,
             runtime_given: options.runtime.clone(),
             runtime_own: Mutex::new(None),
             this: Weak::clone(this),
@@ -215,7 +217,7 @@ impl Agent {
 
     /// Chooses the worker to call, by name or rank. Options come next, then [`To::call`].
     pub fn to<'a>(&'a self, worker: impl Into<Target<'a>>) -> To<'a> {
-        To { agent: self, target: worker.into(), deadline: self.0.deadline, within: None }
+        To { agent: self, target: worker.into(), deadline: self.0.deadline, digests: self.0.digests, within: None }
     }
 
     /// Chooses several workers to call at once with the same arguments, by names or ranks. Options come next, then
@@ -493,6 +495,7 @@ pub struct To<'a> {
     agent: &'a Agent,
     target: Target<'a>,
     deadline: Duration,
+    digests: bool,
     /// The call in whose name calls are made.
     within: Option<&'a Call>,
 }
@@ -512,6 +515,16 @@ impl To<'_> {
     /// than that call's own caller.
     pub fn deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
+    }
+
+    /// Whether tensors of the call and of its value are sent with digests, which their receivers compare: XXH3-64 of each 64 KiB.
+    /// Default: [`Options::digests`]. What differs is [`CallError::Corrupt`], and reaches neither handler nor caller. A worker whose
+    /// build knows no digests is [`TransferError::NoDigests`].
+    ///
+    /// # Cost
+    /// One pass over the bytes at each end: the sender's in `call`, once for all workers of [`Agent::to_all`].
+    pub fn digests(self, digests: bool) -> Self {
+        Self { digests, ..self }
     }
 
     /// Calls `function` on the worker: sent at once, never blocking; the reply is a future.
@@ -657,6 +670,9 @@ impl To<'_> {
         } else {
             None
         };
+        if self.digests {
+            slot.ask_digests(&agent.me.name);
+        }
         let rank = refused.is_none().then_some(rank);
         if let Some(refused) = refused {
             slot.complete(Err(refused));

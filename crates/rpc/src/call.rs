@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use farcall_device::codec::decode;
 use farcall_device::{DeviceFuture, Encoded, Fences, Param, Ready, Storages, Stream};
 use farcall_schema::{FromValue, Value, ValueError};
-use farcall_transport::{Endpoint, is_forked_child};
+use farcall_transport::{Corrupt, Digests, Endpoint, is_forked_child};
 use serde::de::DeserializeOwned;
 
 use crate::agent::Inner;
@@ -53,6 +53,12 @@ pub(crate) struct Slot {
     pub(crate) deadline: Instant,
     /// It took its place on the wire.
     sent: AtomicBool,
+    /// Its tensors, and those of its value, are sent with digests.
+    wants_digests: AtomicBool,
+    /// What the value's tensors are compared with, by who waits.
+    digests: Mutex<Option<Digests>>,
+    /// This worker.
+    here: OnceLock<Arc<str>>,
     /// Where it was sent, once it is in a table.
     origin: OnceLock<Origin>,
     /// Where the reply's tensors go, if the caller has said so.
@@ -77,6 +83,9 @@ impl Slot {
             after,
             deadline,
             sent: AtomicBool::new(false),
+            wants_digests: AtomicBool::new(false),
+            digests: Mutex::default(),
+            here: OnceLock::new(),
             origin: OnceLock::new(),
             targets: OnceLock::new(),
             state: Mutex::new(State::Waiting(None)),
@@ -86,6 +95,41 @@ impl Slot {
 
     pub(crate) fn set_sent(&self) {
         self.sent.store(true, Ordering::Relaxed);
+    }
+
+    /// Has digests sent with its tensors and its value's; `here` is this worker's name.
+    pub(crate) fn ask_digests(&self, here: &Arc<str>) {
+        // Once, before it is sent.
+        let _ = self.here.set(Arc::clone(here));
+        self.wants_digests.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn wants_digests(&self) -> bool {
+        self.wants_digests.load(Ordering::Relaxed)
+    }
+
+    /// Before the value is there.
+    pub(crate) fn compare_with(&self, digests: Digests) {
+        *lock(&self.digests) = Some(digests);
+    }
+
+    pub(crate) fn corrupt(&self, corrupt: Corrupt) -> CallError {
+        let Corrupt { tensor, start, end } = corrupt;
+        let at = self.here.get().map_or_else(|| "this worker".into(), Arc::clone);
+        CallError::Corrupt { call: self.id.clone(), tensor, bytes: start..end, at }
+    }
+
+    /// The outcome as it is given: with its bytes compared.
+    fn compared(&self, outcome: Result<Encoded, CallError>) -> Result<Encoded, CallError> {
+        if !self.wants_digests() {
+            return outcome;
+        }
+        let digests = lock(&self.digests).take();
+        let encoded = outcome?;
+        match digests.map_or(Ok(()), |digests| digests.compare()) {
+            Ok(()) => Ok(encoded),
+            Err(corrupt) => Err(self.corrupt(corrupt)),
+        }
     }
 
     /// How far the call has come, on an endpoint that has come to `reached`.
@@ -186,7 +230,10 @@ impl Slot {
                 Poll::Pending
             }
             State::Done(_) => match std::mem::replace(&mut *state, State::Taken) {
-                State::Done(outcome) => Poll::Ready(outcome),
+                State::Done(outcome) => {
+                    drop(state);
+                    Poll::Ready(self.compared(outcome))
+                }
                 _ => unreachable!("matched above"),
             },
             State::Parked | State::Taken => unreachable!("a reply has one waiter, and resolves once"),
@@ -210,7 +257,10 @@ impl Slot {
             };
         }
         match std::mem::replace(&mut *state, State::Taken) {
-            State::Done(outcome) => outcome,
+            State::Done(outcome) => {
+                drop(state);
+                self.compared(outcome)
+            }
             _ => unreachable!("a reply waited for after it resolved"),
         }
     }
@@ -454,6 +504,9 @@ impl<T> Future for ReplyFuture<T> {
 
 #[cfg(test)]
 mod tests {
+    use farcall_device::Tensor;
+    use farcall_transport::digests;
+
     use super::*;
 
     fn slot(after: Duration) -> Arc<Slot> {
@@ -471,6 +524,34 @@ mod tests {
         slot.expire(Stage::Waiting);
         slot.complete(Ok(empty()));
         assert!(matches!(slot.park(|| Stage::Waiting), Err(CallError::Deadline { .. })));
+    }
+
+    /// Neither a thread nor a task that waits is given bytes that are not those that were sent.
+    #[test]
+    fn a_value_that_was_changed_on_its_way_is_given_to_nobody() {
+        let tensor = |byte: u8| Tensor::full(byte, &[100_000]).unwrap();
+        let sent = digests(&[tensor(1)]).unwrap().remove(0);
+        for (byte, waits) in [(1, true), (1, false), (2, true), (2, false)] {
+            let slot = slot(Duration::from_secs(5));
+            slot.ask_digests(&"w0".into());
+            slot.compare_with(Digests::new(true, vec![(3, tensor(byte), sent.clone())]));
+            slot.complete(Ok(empty()));
+            let outcome = if waits {
+                slot.park(|| Stage::Waiting)
+            } else {
+                match slot.poll(Waker::noop()) {
+                    Poll::Ready(outcome) => outcome,
+                    Poll::Pending => panic!("it is there"),
+                }
+            };
+            match outcome {
+                Ok(_) => assert_eq!(byte, 1),
+                Err(error) => {
+                    let text = "f on w1: bytes 0 to 65536 of tensor 3 were changed on their way to w0";
+                    assert_eq!((byte, error.to_string().as_str()), (2, text));
+                }
+            }
+        }
     }
 
     #[test]

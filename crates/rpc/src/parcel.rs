@@ -4,10 +4,10 @@
 //! only its own list of devices, as maps differ.
 
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime};
-use farcall_transport::{Staged, stage};
+use farcall_transport::{DigestList, Staged, digests, stage};
 
 /// See the module. Fit to be sent once `pending` has passed.
 pub(crate) struct Parcel {
@@ -19,17 +19,38 @@ pub(crate) struct Parcel {
 
 /// Metadata, and tensors as [`stage`] makes them.
 pub(crate) enum Contents {
-    Own(Encoded),
-    Shared(Arc<Encoded>),
+    Own(Packed),
+    Shared(Arc<Packed>),
+}
+
+/// What is sent, and the digests of its tensors once they were asked for.
+pub(crate) struct Packed {
+    pub(crate) encoded: Encoded,
+    digests: OnceLock<Vec<DigestList>>,
+}
+
+impl Packed {
+    fn new(encoded: Encoded) -> Self {
+        Self { encoded, digests: OnceLock::new() }
+    }
+
+    /// Made once, of tensors that are ready.
+    pub(crate) fn digests(&self) -> Result<&[DigestList], DeviceError> {
+        if let Some(known) = self.digests.get() {
+            return Ok(known);
+        }
+        let made = digests(&self.encoded.tensors)?;
+        Ok(self.digests.get_or_init(|| made))
+    }
 }
 
 impl Deref for Contents {
-    type Target = Encoded;
+    type Target = Packed;
 
-    fn deref(&self) -> &Encoded {
+    fn deref(&self) -> &Packed {
         match self {
-            Self::Own(encoded) => encoded,
-            Self::Shared(encoded) => encoded,
+            Self::Own(packed) => packed,
+            Self::Shared(packed) => packed,
         }
     }
 }
@@ -42,13 +63,13 @@ impl Parcel {
     pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
         let Staged { tensors, devices, pending } = stage(runtime, tensors, slabs)?;
-        Ok(Self { contents: Contents::Own(Encoded { metadata, tensors }), devices, pending })
+        Ok(Self { contents: Contents::Own(Packed::new(Encoded { metadata, tensors })), devices, pending })
     }
 }
 
 /// What several calls send.
 pub(crate) struct SharedParcel {
-    contents: Arc<Encoded>,
+    contents: Arc<Packed>,
     devices: Vec<Device>,
 }
 
@@ -60,12 +81,12 @@ impl SharedParcel {
     pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
         let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs)?;
-        Ok(Self { contents: Arc::new(Encoded { metadata, tensors }), devices })
+        Ok(Self { contents: Arc::new(Packed::new(Encoded { metadata, tensors })), devices })
     }
 
     /// One call's.
     pub(crate) fn parcel(&self) -> Parcel {
-        let pending = Fences::of(&self.contents.tensors);
+        let pending = Fences::of(&self.contents.encoded.tensors);
         Parcel { contents: Contents::Shared(Arc::clone(&self.contents)), devices: self.devices.clone(), pending }
     }
 }

@@ -33,6 +33,12 @@ impl<'a> ToAll<'a> {
         self
     }
 
+    /// As [`To::digests`]; those of the arguments are made once.
+    pub fn digests(mut self, digests: bool) -> Self {
+        self.each = self.each.into_iter().map(|to| to.digests(digests)).collect();
+        self
+    }
+
     /// Calls `function` on each of the workers, as [`To::call`] does on one: sent at once, never blocking.
     ///
     /// The tensors' devices are mapped for each worker by its own device map. A worker that is named twice is called twice; this

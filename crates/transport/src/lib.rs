@@ -18,6 +18,7 @@
 mod address;
 mod auth;
 mod descriptor;
+mod digest;
 mod driver;
 mod endpoint;
 mod error;
@@ -50,6 +51,7 @@ mod tls;
 mod tls_error;
 
 pub use address::{Limits, Route, WorkerId, WorkerInfo};
+pub use digest::{Corrupt, DIGEST_CHUNK_BYTES, DigestList, Digests, digests};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};

@@ -14,8 +14,9 @@ use std::sync::{Arc, Weak};
 use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
 
 use crate::descriptor::{Descriptor, Mode};
+use crate::digest::{DigestList, Digests};
 use crate::driver::Peer;
-use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::frame::{HEADER_BYTES, Header, Kind, WANTS_DIGESTS};
 use crate::planted::{self, Bug};
 use crate::shm::Borrower;
 use crate::{CloseCause, Limits, ProtocolError};
@@ -43,6 +44,8 @@ pub struct Frame {
     pub unanswered: Unanswered,
     /// The device that each is for, as the sender says; empty if all are for the host. They lie on the host still.
     pub devices: Vec<Device>,
+    /// What the tensors are to be compared with before the value is given.
+    pub digests: Digests,
 }
 
 /// Tensor bytes of one peer's requests that have come, or are coming, and are not answered (LIMITS).
@@ -82,6 +85,7 @@ struct Slot {
     layout: Layout,
     device: Device,
     place: Place,
+    digests: Option<DigestList>,
 }
 
 /// A frame some of whose payload is still on its way.
@@ -96,9 +100,13 @@ impl Partial {
         if self.slots.iter().any(|slot| slot.device != Device::HOST) {
             self.frame.devices.extend(self.slots.iter().map(|slot| slot.device));
         }
-        for slot in self.slots {
+        for (index, slot) in self.slots.into_iter().enumerate() {
             let Place::Complete(storage) = slot.place else { unreachable!("finished with a payload missing") };
-            self.frame.tensors.push(Tensor::from_storage(storage, slot.layout)?);
+            let tensor = Tensor::from_storage(storage, slot.layout)?;
+            if let Some(digests) = slot.digests {
+                self.frame.digests.tensors.push((index, tensor.clone(), digests));
+            }
+            self.frame.tensors.push(tensor);
         }
         Ok(self.frame)
     }
@@ -131,6 +139,8 @@ pub(crate) struct Receiver {
     descriptors: VecDeque<OwnedFd>,
     /// Who may have memory for the tensors of replies.
     owner: Option<Weak<dyn Peer>>,
+    /// Frames may have digests.
+    digests: bool,
 }
 
 /// A tensor of a reply whose descriptor has come.
@@ -154,7 +164,23 @@ impl Receiver {
         let inflow = Arc::default();
         let (head, state) = ([0; HEADER_BYTES], State::Head);
         let descriptors = VecDeque::new();
-        Self { limits, runtime, head, head_len: 0, state, inflow, borrower: None, descriptors, owner: None }
+        Self {
+            limits,
+            runtime,
+            head,
+            head_len: 0,
+            state,
+            inflow,
+            borrower: None,
+            descriptors,
+            owner: None,
+            digests: false,
+        }
+    }
+
+    /// From the next frame on, tensors may come with digests.
+    pub(crate) fn take_digests(&mut self) {
+        self.digests = true;
     }
 
     /// From the next frame on, `owner` is asked for memory for replies.
@@ -218,6 +244,9 @@ impl Receiver {
                     }
                     self.head_len = 0;
                     let (header, kind) = Header::parse(&self.head, &self.limits)?;
+                    if !self.digests {
+                        header.expect_no_digests(kind)?;
+                    }
                     if kind == Kind::Chunk {
                         return Err(ProtocolError::Unexpected { kind, expected: "a control frame" }.into());
                     }
@@ -284,7 +313,10 @@ impl Receiver {
         let others = if kind == Kind::Request { self.inflow.0.load(Ordering::Acquire) } else { 0 };
         let mut places = if kind == Kind::Reply { self.places(header, table)? } else { Vec::new() };
         for index in 0..header.tensors as usize {
-            let Descriptor { layout, device, mode, len_bytes } = Descriptor::read(&mut table, &self.limits)?;
+            if !self.digests && Descriptor::has_digests(table) {
+                return Err(ProtocolError::ReservedDescriptorBits.into());
+            }
+            let Descriptor { layout, device, mode, len_bytes, digests } = Descriptor::read(&mut table, &self.limits)?;
             frame_bytes = frame_bytes.saturating_add(len_bytes);
             crate::frame::limit("tensor bytes in one frame", frame_bytes, self.limits.tensor_bytes_max)?;
             if others > 0 {
@@ -309,7 +341,7 @@ impl Receiver {
                     Place::Complete(borrower.borrow(place, len_bytes)?)
                 }
             };
-            slots.push(Slot { layout, device, place });
+            slots.push(Slot { layout, device, place, digests });
         }
         accounted("descriptors", u64::from(header.table_len), (header.table_len as usize - table.len()) as u64)?;
         accounted("inline payload", header.payload_len, inline_bytes)?;
@@ -327,6 +359,7 @@ impl Receiver {
             unanswered,
             tensors: Vec::with_capacity(slots.len()),
             devices: Vec::new(),
+            digests: Digests { wanted: header.flags & WANTS_DIGESTS != 0, tensors: Vec::new() },
         };
         Ok(Partial { frame, slots, missing })
     }
@@ -498,8 +531,16 @@ mod tests {
     fn request(metadata: &[u8], tensors: &[Tensor], inline_max: u64) -> (Vec<u8>, Vec<(u64, Tensor)>) {
         let mut wire = Vec::new();
         let mut next_transfer = 1;
-        let outbound =
-            Outbound { kind: Kind::Request, call: 7, function: 3, deadline_us: 0, metadata, tensors, devices: &[] };
+        let outbound = Outbound {
+            kind: Kind::Request,
+            call: 7,
+            function: 3,
+            deadline_us: 0,
+            metadata,
+            tensors,
+            devices: &[],
+            digests: None,
+        };
         let bulk = encode_frame(&outbound, inline_max, &mut next_transfer, &mut wire, |_| None).expect("encodes");
         (wire, bulk)
     }
