@@ -6,6 +6,7 @@ mod auth;
 mod bulk;
 mod connections;
 mod descriptors;
+mod digests;
 mod frames;
 mod greeting;
 pub(crate) mod raw;

@@ -3,6 +3,7 @@
 mod builtins;
 mod death;
 mod descriptors;
+mod into;
 mod joining;
 mod leaving;
 mod logs;

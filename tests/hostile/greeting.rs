@@ -74,7 +74,7 @@ fn a_hello_that_offers_no_common_version_is_refused_with_both() {
     });
 }
 
-/// A newer peer that still speaks this version is welcome; of its features those are used that this build has: none.
+/// A newer peer that still speaks this version is welcome; of its features those are used that this build has: over TCP, digests.
 #[test]
 fn a_hello_that_offers_newer_versions_and_features_too_is_welcome() {
     bounded(|| {
@@ -84,7 +84,7 @@ fn a_hello_that_offers_newer_versions_and_features_too_is_welcome() {
         hello.metadata.extend([1, 7, 0x83, 1, 0]);
         let mut peer = target.stranger();
         peer.send(&hello.bytes());
-        assert!(peer.expect(WELCOME).metadata.ends_with(&[1, 0]));
+        assert!(peer.expect(WELCOME).metadata.ends_with(&[1, 2]));
         peer.announce();
         peer.adds(1);
         target.shutdown();

@@ -434,7 +434,21 @@ impl RawPeer {
 
     /// Says hello to the worker of this name and rank and reads its welcome; gives the bulk key.
     pub(crate) fn greet(&mut self, group: &str, target: &str, rank: u128, key: Option<&JobKey>) -> u128 {
-        let transcript = self.introduce(&hello(group, &control(Some(target))), key);
+        self.greet_offering(0, group, (target, rank), key)
+    }
+
+    /// The same with these features, which the worker has, too.
+    fn greet_offering(
+        &mut self,
+        features: u8,
+        group: &str,
+        (target, rank): (&str, u128),
+        key: Option<&JobKey>,
+    ) -> u128 {
+        let mut hello = hello(group, &control(Some(target)));
+        let offer = hello.metadata.len() - 2;
+        hello.metadata[offer] = features;
+        let transcript = self.introduce(&hello, key);
         let mut welcome = self.expect(WELCOME).metadata;
         if let Some(transcript) = transcript {
             let proof = welcome.split_off(welcome.len() - 32);
@@ -454,7 +468,7 @@ impl RawPeer {
             }
         }
         let key = metadata.varint();
-        assert_eq!(metadata.0, [1, 0], "the version and the features to go on with");
+        assert_eq!(metadata.0, [1, features], "the version and the features to go on with");
         key
     }
 
@@ -554,8 +568,12 @@ impl Target {
     }
 
     pub(crate) fn peer_with_key(&self) -> (RawPeer, u128) {
+        self.peer_offering(0)
+    }
+
+    pub(crate) fn peer_offering(&self, features: u8) -> (RawPeer, u128) {
         let mut peer = self.stranger();
-        let key = peer.greet(&self.group.name, "w0", 0, self.job_key());
+        let key = peer.greet_offering(features, &self.group.name, ("w0", 0), self.job_key());
         peer.announce();
         (peer, key)
     }

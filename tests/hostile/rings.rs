@@ -29,7 +29,7 @@ fn target() -> Target {
     Target::with_options(None, |options| (options.transport, options.tls) = (Transport::Auto, None))
 }
 
-/// A peer at the worker's Unix socket that offers these features, a bit each: 1 for slabs, 2 for rings.
+/// A peer at the worker's Unix socket that offers these features, a bit each: 1 for slabs, 4 for rings.
 fn near(target: &Target, features: u8) -> RawPeer {
     let stream = by_unix(target).expect("connects");
     let mut peer = RawPeer::on(TcpStream::from(OwnedFd::from(stream)));
@@ -62,7 +62,7 @@ struct RingPeer {
 
 impl RingPeer {
     fn new(target: &Target) -> Self {
-        let (mut peer, file) = (near(target, 3), file(LEN, SEALS));
+        let (mut peer, file) = (near(target, 5), file(LEN, SEALS));
         peer.send_with(&rings(), &[file.as_fd()]);
         peer.expect(RINGS);
         let mut peer = Self { peer, file, tail: 0, head: 0 };
@@ -172,32 +172,32 @@ fn refused(features: u8, send: impl FnOnce(&mut RawPeer) + Send + 'static, why: 
 
 #[test]
 fn rings_without_a_descriptor_are_refused() {
-    refused(3, |peer| peer.send(&rings()), "no descriptor came with them");
+    refused(5, |peer| peer.send(&rings()), "no descriptor came with them");
 }
 
 #[test]
 fn rings_that_are_no_memory_file_are_refused() {
     let null = std::fs::File::open("/dev/null").expect("a file");
-    refused(3, move |peer| peer.send_with(&rings(), &[null.as_fd()]), "no memory file");
+    refused(5, move |peer| peer.send_with(&rings(), &[null.as_fd()]), "no memory file");
 }
 
 /// It could end its reader by SIGBUS.
 #[test]
 fn rings_that_can_shrink_are_refused() {
     let seals = SealFlags::GROW | SealFlags::SEAL;
-    refused(3, move |peer| peer.send_with(&rings(), &[file(LEN, seals).as_fd()]), "it could shrink");
+    refused(5, move |peer| peer.send_with(&rings(), &[file(LEN, seals).as_fd()]), "it could shrink");
 }
 
 #[test]
 fn rings_whose_seals_could_change_are_refused() {
     let seals = SealFlags::GROW | SealFlags::SHRINK;
-    refused(3, move |peer| peer.send_with(&rings(), &[file(LEN, seals).as_fd()]), "not sealed as it must be");
+    refused(5, move |peer| peer.send_with(&rings(), &[file(LEN, seals).as_fd()]), "not sealed as it must be");
 }
 
 #[test]
 fn rings_that_cannot_be_written_are_refused() {
     refused(
-        3,
+        5,
         |peer| peer.send_with(&rings(), &[file(LEN, SEALS | SealFlags::WRITE).as_fd()]),
         "not sealed as it must be",
     );
@@ -206,7 +206,7 @@ fn rings_that_cannot_be_written_are_refused() {
 #[test]
 fn rings_of_another_size_are_refused() {
     for len in [0, 4096, LEN - 1, LEN + 4096] {
-        refused(3, move |peer| peer.send_with(&rings(), &[file(len, SEALS).as_fd()]), "of another size");
+        refused(5, move |peer| peer.send_with(&rings(), &[file(len, SEALS).as_fd()]), "of another size");
     }
 }
 

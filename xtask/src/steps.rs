@@ -36,7 +36,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { command: Some("budget"), title: "the dependency budget of the `farcall` binary", run: budget },
     Step {
         command: Some("weights"),
-        title: "`farcall demo --weights` with a real model, downloaded once",
+        title: "`farcall demo --weights`: twenty versions of a real model, downloaded once, over slabs and over TCP",
         run: weights,
     },
 ];
@@ -299,7 +299,9 @@ fn weights() -> StepResult {
         Err(Missing::Broken(failure)) => return Err(failure),
     };
     build_release()?;
-    farcall("demo --weights").arg(folder.join(MODEL_FILE)).run_within(PROGRAM_LIMIT)?;
+    let demo = || farcall("demo --weights").arg(folder.join(MODEL_FILE));
+    demo().run_within(PROGRAM_LIMIT)?;
+    demo().env("FARCALL_TRANSPORT", "tcp").run_within(PROGRAM_LIMIT)?;
     Ok(Outcome::Passed)
 }
 

@@ -126,6 +126,7 @@ fn epoch_ms() -> u64 {
 /// The launcher: starts the workers, lets the first tell the story, and checks how each one ended.
 pub(crate) fn launch(
     weights: Option<&Path>,
+    rounds: u64,
     devices: Option<String>,
     streams: Option<String>,
 ) -> Result<ExitCode, Failure> {
@@ -144,7 +145,8 @@ pub(crate) fn launch(
         command.envs(devices.iter().map(|devices| ("FARCALL_DEVICES", devices)));
         command.envs(streams.iter().map(|streams| ("FARCALL_CPU_STREAMS", streams)));
         if let Some(file) = weights {
-            command.arg("--weights").arg(file);
+            command.envs(weights::ALLOCATOR);
+            command.arg("--weights").arg(file).arg("--rounds").arg(rounds.to_string());
         }
         command
     })?;
@@ -154,6 +156,11 @@ pub(crate) fn launch(
             Ok(None) => return Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }),
             Ok(Some(ended)) => {
                 use std::os::unix::process::ExitStatusExt;
+                if ended.status.signal() == Some(Signal::INT.as_raw()) {
+                    // A terminal's Ctrl-C goes to every process of it.
+                    workers.end();
+                    return Ok(ExitCode::from(128 + Signal::INT.as_raw() as u8));
+                }
                 let killed = ended.status.signal() == Some(Signal::KILL.as_raw());
                 let expected = if weights.is_none() && format!("w{}", ended.rank) == VICTIM {
                     killed
@@ -175,7 +182,7 @@ pub(crate) fn launch(
 }
 
 /// One worker. It ends when its standard input does, so that none outlives the launcher.
-pub(crate) fn work(weights: Option<&Path>) -> Result<(), Failure> {
+pub(crate) fn work(weights: Option<&Path>, rounds: u64) -> Result<(), Failure> {
     std::thread::spawn(|| {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         std::process::exit(1);
@@ -190,7 +197,7 @@ pub(crate) fn work(weights: Option<&Path>) -> Result<(), Failure> {
     let agent = Agent::join_blocking(options)?;
     let told = match (agent.worker().rank, weights) {
         (0, None) => tell(&agent, started.elapsed()),
-        (0, Some(file)) => weights::tell(&agent, file),
+        (0, Some(file)) => weights::tell(&agent, file, rounds),
         _ => Ok(()),
     };
     if told.is_err() {

@@ -31,9 +31,13 @@ struct Cli {
 enum Command {
     /// Four worker processes on this machine show what farcall does, failures included.
     Demo {
-        /// Send this safetensors checkpoint from one worker to the others and back, and compare every tensor's digest.
+        /// Publish this safetensors checkpoint from one worker to the others, version after version into the same memory, and
+        /// compare every tensor's digest.
         #[arg(long, value_name = "FILE")]
         weights: Option<PathBuf>,
+        /// How many versions.
+        #[arg(long, value_name = "N", default_value_t = 20, requires = "weights", value_parser = clap::value_parser!(u64).range(1..))]
+        rounds: u64,
         /// Give each worker emulated GPUs: `emulated:N` makes `cuda:0` to `cuda:N-1` on the CPU.
         #[arg(long, value_name = "emulated:N")]
         devices: Option<String>,
@@ -100,6 +104,8 @@ enum Command {
     DemoWorker {
         #[arg(long)]
         weights: Option<PathBuf>,
+        #[arg(long, default_value_t = 1)]
+        rounds: u64,
     },
 }
 
@@ -133,10 +139,12 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Explain(args) => explain::run(&args),
         Command::Config { command } => config::run(&command),
         Command::Schema { command } => schema::run(&command),
-        Command::Demo { weights, devices, streams } => demo::launch(weights.as_deref(), devices, streams),
+        Command::Demo { weights, rounds, devices, streams } => {
+            demo::launch(weights.as_deref(), rounds, devices, streams)
+        }
         Command::Run { n, program } => run::run(n, &program),
         Command::Sim { seed: Some(seed), trace, .. } => Ok(sim::replay(seed, trace)),
         Command::Sim { seeds, from, jobs, .. } => Ok(sim::sweep(from, seeds, jobs)),
-        Command::DemoWorker { weights } => demo::work(weights.as_deref()).map(|()| ExitCode::SUCCESS),
+        Command::DemoWorker { weights, rounds } => demo::work(weights.as_deref(), rounds).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -5,3 +5,4 @@ mod doctor;
 mod explain;
 mod program;
 mod serve;
+mod weights;

@@ -33,11 +33,7 @@ fn every_operation_has_its_lines_and_the_data_is_right() {
         let expected: Vec<_> = [("call", "8")].into_iter().chain(sized).chain([("rate64", "8")]).collect();
         assert_eq!(cells, expected);
         for line in &lines {
-            let path = match (more.contains(&"tcp"), line[1].as_str()) {
-                (true, _) => "tcp",
-                (false, "8") => "unix",
-                (false, _) => "shm",
-            };
+            let path = if more.contains(&"tcp") { "tcp" } else { "shm" };
             assert_eq!((line[2].as_str(), line[9].as_str(), line[10].as_str()), ("12", path, "0"), "{line:?}");
             assert!(line[3].parse::<f64>().expect("a number") > 0.0);
         }
@@ -65,19 +61,21 @@ fn a_wrong_byte_is_counted_and_the_bench_fails() {
 /// Each row's limit is measured beside it, and each limit has its line; what cannot be measured would be said.
 #[test]
 fn limits_are_measured_and_given_as_ratios() {
-    for (transport, limit) in [("unix", "raw unix"), ("tcp", "raw tcp")] {
-        let ended = tiny(&["--limits", "--op", "call,read,echo", "--transport", transport, "--format", "csv"]);
+    for (transport, spin, limit) in
+        [("unix", "auto", "futex"), ("unix", "on", "polled word"), ("tcp", "off", "raw tcp")]
+    {
+        let more = ["--limits", "--op", "call,read,echo", "--transport", transport, "--spin", spin, "--format", "csv"];
+        let ended = tiny(&more);
         assert_eq!(ended.code(), 0, "{ended:?}");
         for line in ended.stdout.lines().skip(1) {
             let fields: Vec<&str> = line.split(',').collect();
-            let limit = if fields[3] == "shm" { "futex" } else { limit };
             assert!(fields[14].contains(limit), "{line}");
             let [p50, limit, ratio] = [6, 15, 16].map(|at| fields[at].parse::<f64>().expect("a number"));
             assert!((p50 / limit - ratio).abs() < 1e-3 * ratio.max(1.0), "{line}");
         }
     }
     let ended = tiny(&["--limits", "--op", "sink"]);
-    for name in ["futex", "memcpy", "memread", "raw unix", "raw tcp", "raw tcp 512K"] {
+    for name in ["futex", "polled word", "memcpy", "memread", "raw unix", "raw tcp", "raw tcp 512K"] {
         assert!(ended.stdout.contains(&format!("# {name} ")), "{name}: {}", ended.stdout);
     }
     assert!(!ended.stdout.contains("skipped"), "{}", ended.stdout);
@@ -170,8 +168,8 @@ fn several_workers_answer_in_turns() {
 fn a_path_that_is_not_taken_is_code_3() {
     let ended = tiny(&["--require", "tcp"]);
     assert_eq!(ended.code(), 3, "{ended:?}");
-    assert!(ended.stderr.contains("the path is unix") || ended.stderr.contains("the path is shm"), "{}", ended.stderr);
-    assert_eq!(tiny(&["--require", "unix", "--op", "call"]).code(), 0);
+    assert!(ended.stderr.contains("the path is shm"), "{}", ended.stderr);
+    assert_eq!(tiny(&["--require", "shm", "--op", "call"]).code(), 0);
     assert_eq!(tiny(&["--require", "shm", "--op", "sink"]).code(), 0);
 }
 
@@ -182,7 +180,7 @@ fn wrong_usage_is_code_2_and_says_what_is_expected() {
         (&["-f", "1"], "a factor of at least 2"),
         (&["-b", "64", "-e", "8"], "the first at most the last"),
         (&["-b", "1.5M"], "a size such as 8, 64K"),
-        (&["--spin", "on"], "never spin"),
+        (&["--spin", "fast"], "auto, on, off"),
         (&["--transport", "shmem"], "auto, tcp or unix is expected"),
         (&["--device", "gpu"], "or host"),
         (&["--devices", "4"], "emulated"),

@@ -64,7 +64,7 @@ fn lines_name_every_step_and_what_is_not_there() {
 #[test]
 fn exit_codes_tell_no_way_unmet_requirements_and_wrong_usage() {
     let code = |arguments: &[&str]| farcall(&[&["explain"], arguments].concat()).code();
-    assert_eq!(code(&["host", "host", "8", "--require", "unix"]), 0);
+    assert_eq!(code(&["host", "host", "8", "--require", "shm"]), 0);
     assert_eq!(code(&["host", "host", "8", "--require", "tcp"]), 3);
     assert_eq!(code(&["host", "host", "8K", "--require", "shm"]), 0);
     assert_eq!(code(&["host", "host", "8", "--other-host", "--transport", "unix"]), 1, "no way");

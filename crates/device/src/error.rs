@@ -96,6 +96,14 @@ pub enum DeviceError {
         /// Where the pending work is.
         device: Device,
     },
+    /// Bytes that came from elsewhere into these did not all come.
+    #[error(
+        "the bytes on {device} are torn: receiving them ended before all were there; receive or write them whole again"
+    )]
+    Torn {
+        /// Where they are.
+        device: Device,
+    },
     /// The bytes are not in host memory. Copy them with `tensor.host().await`.
     #[error("the bytes are on {device}, not on the host: copy them with `tensor.host().await`")]
     NotHost {

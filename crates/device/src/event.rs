@@ -59,6 +59,13 @@ impl Event {
         (Token(trigger), event)
     }
 
+    /// The event of a write that failed.
+    pub(crate) fn failed(error: DeviceError) -> Self {
+        let (trigger, event) = Self::by_hand(StreamId::fresh(), 1, None, None);
+        trigger.complete(Err(error));
+        event
+    }
+
     pub(crate) fn complete_at(stream: StreamId, ticket: u64) -> Self {
         Self { stream, ticket, point: None }
     }

@@ -89,7 +89,7 @@ pub use future::{DeviceFuture, Fences, OnStreams, Ordered, Promise, Ready, Share
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutError, MAX_RANK};
 pub use memory::{ALIGN_BYTES, DescriptorPermit, Release, Slab, SlabRange, copy};
-pub use param::{Param, ParamMut};
+pub use param::{Landing, Param, ParamMut};
 pub use pool::{HostBlock, HostPool, PoolStats};
 pub use runtime::{Config, Cuda, Runtime};
 pub use storage::{Storage, StorageMut};

@@ -237,6 +237,17 @@ impl Storage {
         StorageMut::new(memory, len, device).freeze_ready()
     }
 
+    /// Stands for `len` bytes that did not all come: there is no memory, and each use is [`DeviceError::Torn`].
+    pub(crate) fn torn(len: usize, device: Device) -> Self {
+        StorageMut::new(Memory::Empty, len, device).freeze_at(Event::failed(DeviceError::Torn { device }))
+    }
+
+    /// Whether its memory can be written by who is alone with it, without a copy of what is there.
+    pub(crate) fn can_be_reused(&self) -> bool {
+        let lent = matches!(self.0.memory, Memory::Foreign(_));
+        !lent && !matches!(self.0.written.known(), Some(Err(_)))
+    }
+
     /// The size in bytes.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -316,6 +316,33 @@ impl Stream {
         Tensor::from_storage(target.freeze(self), packed)
     }
 
+    /// As [`Stream::pack`], into memory that is there and has exactly the size of the elements.
+    ///
+    /// # Errors
+    /// [`DeviceError::LengthMismatch`] if the sizes differ; else those of [`Stream::pack`] and [`Stream::copy`].
+    /// # Cost
+    /// As [`Stream::pack`]; with a CUDA device, a view with gaps is packed to memory of its own first.
+    pub fn pack_into(&self, tensor: &Tensor, target: &mut StorageMut) -> Result<(), DeviceError> {
+        let layout = tensor.layout().clone();
+        let packed = layout.packed();
+        let (expected, found) = (packed.size_bytes(), target.len());
+        if expected != found {
+            let what = "bytes of the memory to pack into";
+            return Err(DeviceError::LengthMismatch { what, expected, found });
+        }
+        if packed == layout && tensor.storage().len() == expected {
+            return self.copy(tensor.storage(), target);
+        }
+        if tensor.storage().is_cuda() || target.is_cuda() || self.on_cuda().is_some() {
+            let packed = self.pack_on_cuda(tensor, target.device())?;
+            return self.copy(packed.storage(), target);
+        }
+        self.run("pack", &[tensor.storage()], &mut [target], move |sources, targets| {
+            crate::pack::pack(&layout, sources[0], targets[0]);
+            Ok(())
+        })
+    }
+
     /// Blocks this thread until all work enqueued so far is done, at most for `timeout`.
     ///
     /// # Errors

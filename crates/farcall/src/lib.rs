@@ -18,15 +18,15 @@
 pub mod log;
 
 pub use farcall_device::{
-    self as device, DType, Device, DeviceError, DeviceFuture, Layout, Promise, Runtime, Storage, Stream, Tensor,
+    self as device, DType, Device, DeviceError, DeviceFuture, Layout, Param, Promise, Runtime, Storage, Stream, Tensor,
     TensorMut,
 };
 pub use farcall_macros::{Value, function};
 #[doc(inline)]
 pub use farcall_ops as ops;
 pub use farcall_rpc::{
-    Agent, Builtin, BuiltinError, Call, CallError, CallId, DeviceMap, Error, Function, JoinError, Options, Registry,
-    RemoteError, Reply, Result, Stage, To, settings,
+    Agent, Builtin, BuiltinError, Call, CallError, CallId, DeviceMap, Error, Filling, Function, JoinError, Misfit,
+    Options, Outcomes, Registry, RemoteError, Replies, Reply, Result, SomeFailed, Stage, To, ToAll, settings,
 };
 pub use farcall_schema::{
     self as schema, FromValue, Kwargs, NoMatch, Ref, Refused, Schema, Value, ValueError, args, kwargs,

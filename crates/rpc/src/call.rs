@@ -12,13 +12,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use farcall_device::codec::decode;
-use farcall_device::{DeviceFuture, Encoded, Fences, Ready, Storages, Stream};
+use farcall_device::{DeviceFuture, Encoded, Fences, Param, Ready, Storages, Stream};
 use farcall_schema::{FromValue, Value, ValueError};
-use farcall_transport::{Endpoint, is_forked_child};
+use farcall_transport::{Corrupt, Digests, Endpoint, is_forked_child};
 use serde::de::DeserializeOwned;
 
 use crate::agent::Inner;
 use crate::error::Stage;
+use crate::filling::{Filling, Targets};
 use crate::link::{Link, reached};
 use crate::scope::Scope;
 use crate::{CallError, CallId};
@@ -52,8 +53,16 @@ pub(crate) struct Slot {
     pub(crate) deadline: Instant,
     /// It took its place on the wire.
     sent: AtomicBool,
+    /// Its tensors, and those of its value, are sent with digests.
+    wants_digests: AtomicBool,
+    /// What the value's tensors are compared with, by who waits.
+    digests: Mutex<Option<Digests>>,
+    /// This worker.
+    here: OnceLock<Arc<str>>,
     /// Where it was sent, once it is in a table.
     origin: OnceLock<Origin>,
+    /// Where the reply's tensors go, if the caller has said so.
+    targets: OnceLock<Arc<Targets>>,
     state: Mutex<State>,
     parked: Condvar,
 }
@@ -74,7 +83,11 @@ impl Slot {
             after,
             deadline,
             sent: AtomicBool::new(false),
+            wants_digests: AtomicBool::new(false),
+            digests: Mutex::default(),
+            here: OnceLock::new(),
             origin: OnceLock::new(),
+            targets: OnceLock::new(),
             state: Mutex::new(State::Waiting(None)),
             parked: Condvar::new(),
         })
@@ -84,9 +97,54 @@ impl Slot {
         self.sent.store(true, Ordering::Relaxed);
     }
 
+    /// Has digests sent with its tensors and its value's; `here` is this worker's name.
+    pub(crate) fn ask_digests(&self, here: &Arc<str>) {
+        // Once, before it is sent.
+        let _ = self.here.set(Arc::clone(here));
+        self.wants_digests.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn wants_digests(&self) -> bool {
+        self.wants_digests.load(Ordering::Relaxed)
+    }
+
+    /// Before the value is there.
+    pub(crate) fn compare_with(&self, digests: Digests) {
+        *lock(&self.digests) = Some(digests);
+    }
+
+    pub(crate) fn corrupt(&self, corrupt: Corrupt) -> CallError {
+        let Corrupt { tensor, start, end } = corrupt;
+        let at = self.here.get().map_or_else(|| "this worker".into(), Arc::clone);
+        CallError::Corrupt { call: self.id.clone(), tensor, bytes: start..end, at }
+    }
+
+    /// The outcome as it is given: with its bytes compared.
+    fn compared(&self, outcome: Result<Encoded, CallError>) -> Result<Encoded, CallError> {
+        if !self.wants_digests() {
+            return outcome;
+        }
+        let digests = lock(&self.digests).take();
+        let encoded = outcome?;
+        match digests.map_or(Ok(()), |digests| digests.compare()) {
+            Ok(()) => Ok(encoded),
+            Err(corrupt) => Err(self.corrupt(corrupt)),
+        }
+    }
+
     /// How far the call has come, on an endpoint that has come to `reached`.
     fn stage(&self, reached: Stage) -> Stage {
         if reached == Stage::Waiting && !self.sent.load(Ordering::Relaxed) { Stage::Queued } else { reached }
+    }
+
+    pub(crate) fn targets(&self) -> Option<&Arc<Targets>> {
+        self.targets.get()
+    }
+
+    /// From now on; a reply that begins before goes there once it has come.
+    fn set_targets(&self, targets: Arc<Targets>) {
+        // A reply is given targets once: that takes it.
+        let _ = self.targets.set(targets);
     }
 
     pub(crate) fn set_origin(&self, origin: Origin) {
@@ -96,6 +154,10 @@ impl Slot {
 
     /// Sets the outcome and wakes the waiter; `false` if there is an outcome already (C1).
     pub(crate) fn complete(&self, outcome: Result<Encoded, CallError>) -> bool {
+        if let Some(targets) = self.targets() {
+            // Before the waiter wakes; without this slot's lock, as others may wait for the parameters.
+            targets.end(outcome.as_ref().ok());
+        }
         let mut state = lock(&self.state);
         if !state.is_waiting() {
             return false;
@@ -151,7 +213,11 @@ impl Slot {
         !lock(&self.state).is_waiting()
     }
 
-    fn poll(&self, waker: &Waker) -> Poll<Result<Encoded, CallError>> {
+    fn is_failed(&self) -> bool {
+        matches!(*lock(&self.state), State::Done(Err(_)))
+    }
+
+    pub(crate) fn poll(&self, waker: &Waker) -> Poll<Result<Encoded, CallError>> {
         if is_forked_child() {
             return Poll::Ready(Err(CallError::ForkedProcess { call: self.id.clone() }));
         }
@@ -164,7 +230,10 @@ impl Slot {
                 Poll::Pending
             }
             State::Done(_) => match std::mem::replace(&mut *state, State::Taken) {
-                State::Done(outcome) => Poll::Ready(outcome),
+                State::Done(outcome) => {
+                    drop(state);
+                    Poll::Ready(self.compared(outcome))
+                }
                 _ => unreachable!("matched above"),
             },
             State::Parked | State::Taken => unreachable!("a reply has one waiter, and resolves once"),
@@ -188,7 +257,10 @@ impl Slot {
             };
         }
         match std::mem::replace(&mut *state, State::Taken) {
-            State::Done(outcome) => outcome,
+            State::Done(outcome) => {
+                drop(state);
+                self.compared(outcome)
+            }
             _ => unreachable!("a reply waited for after it resolved"),
         }
     }
@@ -249,6 +321,55 @@ impl<T> Reply<T> {
         Self { slot, endpoint, detached: false, read }
     }
 
+    /// The worker that was called, by its name.
+    pub fn worker(&self) -> &Arc<str> {
+        &self.slot.id.worker
+    }
+
+    /// Has the reply's tensor come into memory that is there: `param`'s, where nobody reads it. See [`Reply::into_each`].
+    ///
+    /// ```no_run
+    /// # use farcall_device::{Param, Tensor};
+    /// # use farcall_rpc::{Agent, CallError, Function};
+    /// # async fn example<F>(agent: &Agent, fetch: F, weights: &Param) -> Result<(), CallError>
+    /// # where F: Function<Args = (String,), Output = Tensor> {
+    /// agent.to("w0").call(fetch, ("encoder.0.weight",)).into(weights).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn into(self, param: &Param) -> Filling<T> {
+        self.into_each(std::slice::from_ref(param))
+    }
+
+    /// Has the reply's tensors, in the order in which its value names them, come into `params`, as many as there are.
+    ///
+    /// They are all compared with the parameters first: one of another dtype or shape, or another number of them, is
+    /// [`CallError::Misfit`], and no parameter is touched. Each value then is written in place, unless somebody holds it
+    /// ([`Param::value`]) or its bytes lie in no memory of this worker: then memory from the pool becomes the parameter's.
+    /// Tensors of any device go to where the parameters are, on a stream behind the fences of both. The value of the call holds
+    /// the parameters' new values: dropped, it does not keep the next write from being in place.
+    ///
+    /// # Errors
+    /// [`CallError::Misfit`], else as for the reply. After an error each parameter has its old value, or its new one as a whole, or
+    /// is *torn*: bytes of a socket had begun to land in it, and did not all come. Each use of a torn value is
+    /// [`DeviceError::Torn`](farcall_device::DeviceError::Torn), until it is received, copied or written whole.
+    /// # Cancel safety
+    /// As of the reply; a parameter whose bytes were on their way is torn. Until a value that lands in place is there, or the call
+    /// has ended, [`Param::value`] and steps on it wait: never ask in an inline handler.
+    /// # Cost
+    /// Bytes of a socket land in the parameter's memory, if they are in row-major order and it is on the host; it is too late for
+    /// that if the reply has begun before `into` was called. Tensors of slabs and of this worker itself are copied once, by whoever
+    /// waits.
+    pub fn into_each(self, params: &[Param]) -> Filling<T> {
+        let targets = Arc::new(Targets::new(params.to_vec()));
+        self.slot.set_targets(Arc::clone(&targets));
+        if self.slot.is_failed() {
+            // It failed before anybody was told of the targets.
+            targets.end(None);
+        }
+        Filling::new(self, targets)
+    }
+
     /// Lets the call go on without a waiter: its value and its failure are nobody's. One that was made by
     /// [`Call::to`](crate::Call::to) still ends with the call in whose name it was made.
     pub fn detach(mut self) {
@@ -270,7 +391,7 @@ impl<T> Reply<T> {
         self.read(&encoded)
     }
 
-    fn wait_encoded(&self) -> Result<Encoded, CallError> {
+    pub(crate) fn wait_encoded(&self) -> Result<Encoded, CallError> {
         if is_forked_child() {
             // Whoever was to bring the reply is a thread of the parent.
             return Err(CallError::ForkedProcess { call: self.slot.id.clone() });
@@ -326,7 +447,11 @@ impl<T> Reply<T> {
         })
     }
 
-    fn read(&self, encoded: &Encoded) -> Result<T, CallError> {
+    pub(crate) fn slot(&self) -> &Arc<Slot> {
+        &self.slot
+    }
+
+    pub(crate) fn read(&self, encoded: &Encoded) -> Result<T, CallError> {
         (self.read)(encoded).map_err(|message| CallError::BadReply { call: self.slot.id.clone(), message })
     }
 }
@@ -379,6 +504,9 @@ impl<T> Future for ReplyFuture<T> {
 
 #[cfg(test)]
 mod tests {
+    use farcall_device::Tensor;
+    use farcall_transport::digests;
+
     use super::*;
 
     fn slot(after: Duration) -> Arc<Slot> {
@@ -396,6 +524,34 @@ mod tests {
         slot.expire(Stage::Waiting);
         slot.complete(Ok(empty()));
         assert!(matches!(slot.park(|| Stage::Waiting), Err(CallError::Deadline { .. })));
+    }
+
+    /// Neither a thread nor a task that waits is given bytes that are not those that were sent.
+    #[test]
+    fn a_value_that_was_changed_on_its_way_is_given_to_nobody() {
+        let tensor = |byte: u8| Tensor::full(byte, &[100_000]).unwrap();
+        let sent = digests(&[tensor(1)]).unwrap().remove(0);
+        for (byte, waits) in [(1, true), (1, false), (2, true), (2, false)] {
+            let slot = slot(Duration::from_secs(5));
+            slot.ask_digests(&"w0".into());
+            slot.compare_with(Digests::new(true, vec![(3, tensor(byte), sent.clone())]));
+            slot.complete(Ok(empty()));
+            let outcome = if waits {
+                slot.park(|| Stage::Waiting)
+            } else {
+                match slot.poll(Waker::noop()) {
+                    Poll::Ready(outcome) => outcome,
+                    Poll::Pending => panic!("it is there"),
+                }
+            };
+            match outcome {
+                Ok(_) => assert_eq!(byte, 1),
+                Err(error) => {
+                    let text = "f on w1: bytes 0 to 65536 of tensor 3 were changed on their way to w0";
+                    assert_eq!((byte, error.to_string().as_str()), (2, text));
+                }
+            }
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use farcall_device::{Device, DeviceError, Stream};
 use farcall_transport::WorkerId;
 
 use crate::scope::Scope;
-use crate::{Agent, Target, To};
+use crate::{Agent, Target, To, ToAll};
 
 /// The call a handler serves: who called, until when, and streams to work on.
 #[derive(Clone, Debug)]
@@ -30,6 +30,11 @@ impl Call {
     /// one is cancelled, too.
     pub fn to<'a>(&'a self, worker: impl Into<Target<'a>>) -> To<'a> {
         self.agent.to(worker).within(self)
+    }
+
+    /// As [`Call::to`], for several workers at once: see [`Agent::to_all`].
+    pub fn to_all<'a, W: Into<Target<'a>>>(&'a self, workers: impl IntoIterator<Item = W>) -> ToAll<'a> {
+        ToAll::new(workers.into_iter().map(|worker| self.to(worker)).collect())
     }
 
     /// Whether nobody waits for the value any more: the caller has dropped the reply's future, or is gone, or its deadline has

@@ -1,6 +1,7 @@
 //! The errors of calls: what a caller sees, what a handler returns, and what travels between them.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -85,6 +86,7 @@ pub(crate) enum Failure {
     Reply { message: String },
     Cancelled,
     Types { caller: String, callee: String },
+    Corrupt { tensor: u32, start: u64, end: u64 },
 }
 
 /// How far a call had come when it failed.
@@ -162,6 +164,13 @@ pub enum CallError {
     /// The handler's value could not be sent or read.
     #[error("{call}: reply: {message}")]
     BadReply { call: CallId, message: String },
+    /// The reply's tensors are not those that its parameters can hold; none was touched.
+    #[error("{call}: the reply's tensors do not fit the parameters: {misfit}")]
+    Misfit { call: CallId, misfit: Misfit },
+    /// A tensor's bytes are not those that were sent, as its digests tell: of the arguments if `at` is the callee, else of the value.
+    /// Nobody was given them.
+    #[error("{call}: bytes {} to {} of tensor {tensor} were changed on their way to {at}", .bytes.start, .bytes.end)]
+    Corrupt { call: CallId, tensor: usize, bytes: Range<u64>, at: Arc<str> },
     /// The call that made this one was cancelled, or lost its caller.
     #[error("{call}: cancelled, as nobody waits for its value any more")]
     Cancelled { call: CallId },
@@ -194,6 +203,19 @@ pub enum CallError {
     /// A value on a device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+/// What does not fit in [`CallError::Misfit`].
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "the messages name the fields")]
+pub enum Misfit {
+    /// More or fewer tensors than parameters.
+    #[error("there are {found}, for {expected} parameters")]
+    Count { expected: usize, found: usize },
+    /// A tensor of another dtype or shape than its parameter.
+    #[error("tensor {tensor}: {source}")]
+    Tensor { tensor: usize, source: DeviceError },
 }
 
 fn did_you_mean(nearest: &[&str]) -> String {

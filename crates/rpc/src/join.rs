@@ -78,6 +78,8 @@ pub struct Options {
     pub key: Option<JobKey>,
     /// How long a call waits for its reply unless told otherwise. Default 60 s.
     pub deadline: Duration,
+    /// Tensors are sent with digests, which their receivers compare, unless [`To::digests`](crate::To::digests) says otherwise.
+    pub digests: bool,
     /// How long joining may take. Default 60 s.
     pub join_timeout: Duration,
     /// How long a connection to another worker may take, its welcome included. Default 1.6 s.
@@ -124,6 +126,7 @@ impl Options {
             tls: None,
             key: None,
             deadline: Duration::from_secs(60),
+            digests: false,
             join_timeout: Duration::from_secs(60),
             connect_timeout: Duration::from_millis(1600),
             peer_timeout: Duration::from_millis(1600),

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use farcall_device::Encoded;
+use farcall_device::{Device, Encoded};
 use farcall_transport::frame::Kind;
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
-    CloseCause, Endpoint, Frame, Job, Outbound, Peer, ProtocolError, Staged, TransferError, Turn, Unanswered, WorkerId,
-    stage,
+    CloseCause, Corrupt, Endpoint, Frame, Job, Outbound, Peer, Placer, ProtocolError, Staged, TransferError, Turn,
+    Unanswered, WorkerId, digests, stage,
 };
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,7 @@ use crate::context::Call;
 use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
 use crate::function::{AnswerFuture, HandlerKind};
+use crate::parcel::{Contents, Parcel};
 use crate::registry::{FunctionKind, Registered, Registry};
 use crate::scope::Scope;
 use crate::sim::Census;
@@ -72,14 +73,20 @@ struct Request {
     slot: Arc<Slot>,
     call: u64,
     function: Arc<Interned>,
-    metadata: Vec<u8>,
-    staged: Staged,
+    contents: Contents,
+    /// Of its tensors, there.
+    devices: Vec<Device>,
 }
 
 impl Request {
+    /// Whether the peer can compare digests is known with its greeting.
+    fn must_wait(&self, endpoint: &Endpoint) -> bool {
+        self.slot.wants_digests() && endpoint.remote().is_none()
+    }
+
     /// What it takes of the window.
     fn bytes(&self) -> u64 {
-        self.staged.tensors.iter().map(|tensor| tensor.layout().size_bytes() as u64).sum()
+        self.contents.encoded.tensors.iter().map(|tensor| tensor.layout().size_bytes() as u64).sum()
     }
 }
 
@@ -180,15 +187,24 @@ impl Link {
         function: &Arc<Interned>,
         encoded: Encoded,
     ) {
-        let Encoded { metadata, tensors } = encoded;
-        let mut staged = match stage(&endpoint.driver().config().runtime, tensors, endpoint.lends()) {
-            Ok(staged) => staged,
+        match Parcel::new(&endpoint.driver().config().runtime, encoded, endpoint.lends()) {
+            Ok(parcel) => self.post(endpoint, slot, function, parcel),
             Err(error) => {
                 slot.complete(Err(error.into()));
-                return;
             }
-        };
-        for device in &mut staged.devices {
+        }
+    }
+
+    /// As [`Link::request`], of arguments that are fit for the wire.
+    pub(crate) fn post(
+        self: &Arc<Self>,
+        endpoint: &Arc<Endpoint>,
+        slot: &Arc<Slot>,
+        function: &Arc<Interned>,
+        parcel: Parcel,
+    ) {
+        let Parcel { contents, mut devices, pending } = parcel;
+        for device in &mut devices {
             let Some(there) = self.devices.there(*device) else {
                 let (call, map) = (slot.id.clone(), self.devices.clone());
                 slot.complete(Err(CallError::Unmapped { call, device: *device, map }));
@@ -214,8 +230,7 @@ impl Link {
             slot.complete(Err(lost(&slot.id, endpoint, cause)));
             return;
         }
-        let pending = std::mem::take(&mut staged.pending);
-        let request = Request { slot: Arc::clone(slot), call, function: Arc::clone(function), metadata, staged };
+        let request = Request { slot: Arc::clone(slot), call, function: Arc::clone(function), contents, devices };
         if pending.is_empty() {
             return self.send_request(endpoint, request);
         }
@@ -235,7 +250,7 @@ impl Link {
     fn send_request(&self, endpoint: &Arc<Endpoint>, request: Request) {
         let (slot, call) = (Arc::clone(&request.slot), request.call);
         let mut calls = lock(&self.calls);
-        let first = calls.queue.is_empty() && !calls.draining;
+        let first = calls.queue.is_empty() && !calls.draining && !request.must_wait(endpoint);
         match first.then(|| calls.table.admit(call, request.bytes())) {
             Some(Admission::Sent) => {
                 drop(calls);
@@ -256,16 +271,26 @@ impl Link {
     }
 
     fn transmit(&self, endpoint: &Arc<Endpoint>, request: &Request) {
-        let Request { slot, call, function, metadata, staged } = request;
+        let Request { slot, call, function, contents, devices } = request;
         let left = slot.deadline.saturating_duration_since(endpoint.driver().now());
+        let digests = if slot.wants_digests() { contents.digests().map(Some) } else { Ok(None) };
+        let digests = match digests {
+            Ok(digests) => digests,
+            Err(error) => {
+                lock(&self.calls).table.remove(*call);
+                slot.complete(Err(error.into()));
+                return self.send_queued(endpoint);
+            }
+        };
         let outbound = Outbound {
             kind: Kind::Request,
             call: *call,
             function: function.id,
             deadline_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX).max(1),
-            metadata,
-            tensors: &staged.tensors,
-            devices: &staged.devices,
+            metadata: &contents.encoded.metadata,
+            tensors: &contents.encoded.tensors,
+            devices,
+            digests,
         };
         if let Err(error) = endpoint.send_to_function(&outbound, &function.announcement) {
             // Its close may have taken the slot already; a slot is completed once.
@@ -291,7 +316,8 @@ impl Link {
         loop {
             let mut calls = lock(&self.calls);
             let Calls { table, queue, ended, draining } = &mut *calls;
-            let admission = queue.front().map(|next| table.admit(next.call, next.bytes()));
+            let next = queue.front().filter(|next| !next.must_wait(endpoint));
+            let admission = next.map(|next| table.admit(next.call, next.bytes()));
             let request = match admission {
                 Some(Admission::Sent | Admission::Over) => queue.pop_front(),
                 Some(Admission::Full) | None => None,
@@ -372,7 +398,8 @@ impl Link {
             begun.or_else(|_| self.serving.on_request(frame.call, endpoint.count_untaken_answers(), max))?;
         let unanswered = std::mem::take(&mut frame.unanswered);
         let endpoint = Arc::clone(endpoint);
-        let mut reply = ReplyTo { endpoint, call: frame.call, answered: false, unanswered, serving: None };
+        let digests = frame.digests.wanted;
+        let mut reply = ReplyTo { endpoint, call: frame.call, answered: false, unanswered, serving: None, digests };
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
         if cancelled {
             reply.send(Err(Failure::Cancelled), Some(turn));
@@ -403,7 +430,23 @@ impl Link {
             deadline: (frame.deadline_us > 0).then(|| now + Duration::from_micros(frame.deadline_us)),
         };
         let encoded = Encoded { metadata: frame.metadata, tensors: frame.tensors };
-        run(registered, cx, encoded, turn, move |answer, turn| reply.send(answer, turn));
+        let digests = frame.digests;
+        if digests.is_empty() {
+            run(registered, cx, encoded, turn, move |answer, turn| reply.send(answer, turn));
+            return Ok(());
+        }
+        // A pass over all bytes: not where frames are read (R1).
+        turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
+            let compared = digests.compare();
+            drop(digests);
+            match compared {
+                Ok(()) => run(registered, cx, encoded, turn, move |answer, turn| reply.send(answer, turn)),
+                Err(Corrupt { tensor, start, end }) => {
+                    drop(encoded);
+                    reply.send(Err(Failure::Corrupt { tensor: tensor as u32, start, end }), Some(turn));
+                }
+            }
+        }));
         Ok(())
     }
 
@@ -443,7 +486,16 @@ impl Link {
         }
         // Abandoned: the late answer is nobody's.
         let Some(slot) = slot else { return Ok(()) };
-        let outcome = if let Err(message) = self.place_result(endpoint, &mut frame) {
+        // What goes into parameters is copied to wherever they are.
+        let placed = if slot.targets().is_some() { Ok(()) } else { self.place_result(endpoint, &mut frame) };
+        // What has landed in a parameter is compared before it is its value; else who waits does it, not who reads frames (R1).
+        let corrupt = if slot.targets().is_some() { frame.digests.compare().err() } else { None };
+        if slot.targets().is_none() && !frame.digests.is_empty() {
+            slot.compare_with(std::mem::take(&mut frame.digests));
+        }
+        let outcome = if let Some(corrupt) = corrupt {
+            Err(slot.corrupt(corrupt))
+        } else if let Err(message) = placed {
             Err(CallError::BadReply { call: slot.id.clone(), message })
         } else if frame.kind == Kind::Reply {
             Ok(Encoded { metadata: frame.metadata, tensors: frame.tensors })
@@ -559,6 +611,8 @@ struct ReplyTo {
     unanswered: Unanswered,
     /// Where the call is listed while it is worked on.
     serving: Option<Arc<Serving>>,
+    /// Its caller asks for digests of the value's tensors.
+    digests: bool,
 }
 
 impl Drop for ReplyTo {
@@ -594,10 +648,15 @@ impl ReplyTo {
     }
 
     fn send_value(mut self, metadata: &[u8], staged: &Staged, turn: Option<&mut Turn>) {
+        let digests = match self.digests.then(|| digests(&staged.tensors)).transpose() {
+            Ok(digests) => digests,
+            Err(error) => return self.send_unsent(&error),
+        };
         let outbound = Outbound {
             call: self.call,
             tensors: &staged.tensors,
             devices: &staged.devices,
+            digests: digests.as_deref(),
             ..Outbound::new(Kind::Reply, metadata)
         };
         match self.send_frame(&outbound, turn) {
@@ -655,6 +714,10 @@ pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
         Failure::Panicked { message } => CallError::Panicked { call, message },
         Failure::Reply { message } => CallError::BadReply { call, message },
         Failure::Cancelled => CallError::Cancelled { call },
+        Failure::Corrupt { tensor, start, end } => {
+            let at = Arc::clone(&call.worker);
+            CallError::Corrupt { call, tensor: tensor as usize, bytes: start..end, at }
+        }
     }
 }
 
@@ -686,6 +749,7 @@ impl Peer for Link {
         if let Some(agent) = self.agent.upgrade() {
             agent.adopt(endpoint, &self);
         }
+        self.send_queued(endpoint);
     }
 
     fn on_frame(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
@@ -732,6 +796,11 @@ impl Peer for Link {
             }
             _ => farcall_transport::limited!(warn, peer = %self.worker, %cause, "lost a worker"),
         }
+    }
+
+    fn placer(&self, call: u64) -> Option<Arc<dyn Placer>> {
+        let targets = Arc::clone(lock(&self.calls).table.waiting_slot(call)?.targets()?);
+        Some(targets)
     }
 
     fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant> {

@@ -135,6 +135,14 @@ impl CallTable {
         }
     }
 
+    /// The slot of a call that waits.
+    pub(crate) fn waiting_slot(&mut self, call: u64) -> Option<&Arc<Slot>> {
+        match self.entry(call)? {
+            Entry::Waiting { slot, .. } => Some(slot),
+            _ => None,
+        }
+    }
+
     /// Frees the call's place, whether or not it was sent.
     pub(crate) fn remove(&mut self, call: u64) -> Option<Arc<Slot>> {
         let entry = std::mem::replace(self.entry(call)?, Entry::Free);

@@ -4,23 +4,27 @@
 //! Invariant W1: 48 bytes plus `rank` × i64 shape, plus `rank` × i64 strides when flagged; golden vectors below.
 //!
 //! ```text
-//!  0 dtype u8   1 rank u8   2 mode u8 (0 inline, 1 bulk, 2 slab)   3 flags u8 (bit 0: strides follow)
+//!  0 dtype u8   1 rank u8   2 mode u8 (0 inline, 1 bulk, 2 slab)   3 flags u8 (bit 0: strides follow; bit 1: digests follow)
 //!  4 device kind u8   5 zero u8   6 device index u16
 //!  8 transfer u64   bulk: the id its chunks carry; slab: the lease, which its release names
 //! 16 offset   u64   slab: where in it the bytes start; else 0
 //! 24 len      u64   bytes that travel
 //! 32 slab     u64   slab: its id, never 0 and never used for another; else 0
-//! 40 digest   u64   reserved, must be 0
+//! 40 digest   u64   with digests: XXH3-64 of their list; else 0
 //! ```
+//! Digests, if both sides have them, come last: XXH3-64 of each 64 KiB of the bytes that travel, a u64 each; see `digest`.
 
 use bytemuck::{Pod, Zeroable};
 use farcall_device::{DType, Device, Layout, MAX_RANK, Tensor};
 
+use crate::digest::{self, DigestList};
 use crate::frame::limit;
 use crate::{Limits, ProtocolError};
 
 const FIXED_BYTES: usize = 48;
 const HAS_STRIDES: u8 = 1;
+const HAS_DIGESTS: u8 = 2;
+const FLAGS_AT: usize = 3;
 /// The smallest descriptor: a scalar's.
 pub(crate) const MIN_BYTES: u64 = FIXED_BYTES as u64;
 /// The largest descriptor: every dimension with its stride.
@@ -69,13 +73,14 @@ pub(crate) struct Descriptor {
     pub(crate) device: Device,
     pub(crate) mode: Mode,
     pub(crate) len_bytes: u64,
+    pub(crate) digests: Option<DigestList>,
 }
 
 impl Descriptor {
     /// Describes `tensor`, whose layout must be dense or broadcast, for `device` at the target.
     pub(crate) fn of(tensor: &Tensor, device: Device, mode: Mode) -> Self {
         let span = tensor.layout().byte_span();
-        Self { layout: tensor.layout().clone(), device, mode, len_bytes: (span.end - span.start) as u64 }
+        Self { layout: tensor.layout().clone(), device, mode, len_bytes: (span.end - span.start) as u64, digests: None }
     }
 
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
@@ -89,7 +94,7 @@ impl Descriptor {
             dtype: self.layout.dtype().code(),
             rank: self.layout.rank() as u8,
             mode,
-            flags: if strides { HAS_STRIDES } else { 0 },
+            flags: if strides { HAS_STRIDES } else { 0 } | if self.digests.is_some() { HAS_DIGESTS } else { 0 },
             device_kind: self.device.kind_code(),
             zero: 0,
             device_index: self.device.index(),
@@ -97,7 +102,7 @@ impl Descriptor {
             offset,
             len: self.len_bytes,
             slab,
-            digest: 0,
+            digest: self.digests.as_deref().map_or(0, digest::seal),
         };
         out.extend_from_slice(bytemuck::bytes_of(&fixed));
         for dim in self.layout.shape() {
@@ -108,6 +113,14 @@ impl Descriptor {
                 out.extend_from_slice(&stride.to_le_bytes());
             }
         }
+        for digest in self.digests.iter().flatten() {
+            out.extend_from_slice(&digest.to_le_bytes());
+        }
+    }
+
+    /// Whether the descriptor at the front of `table` says that digests follow it.
+    pub(crate) fn has_digests(table: &[u8]) -> bool {
+        table.get(FLAGS_AT).is_some_and(|flags| flags & HAS_DIGESTS != 0)
     }
 
     /// Takes one descriptor off the front of `table`.
@@ -120,9 +133,9 @@ impl Descriptor {
         let dtype = DType::from_code(fixed.dtype).ok_or(ProtocolError::DType { found: fixed.dtype })?;
         limit("tensor rank", u64::from(fixed.rank), MAX_RANK as u64)?;
         limit("bytes of one tensor", fixed.len, limits.tensor_bytes_max)?;
-        if fixed.flags & !HAS_STRIDES != 0
+        if fixed.flags & !(HAS_STRIDES | HAS_DIGESTS) != 0
             || fixed.zero != 0
-            || fixed.digest != 0
+            || (fixed.flags & HAS_DIGESTS == 0 && fixed.digest != 0)
             || (fixed.mode != 2 && (fixed.offset != 0 || fixed.slab != 0))
         {
             return Err(ProtocolError::ReservedDescriptorBits);
@@ -168,7 +181,9 @@ impl Descriptor {
                 announced_bytes: fixed.len,
             });
         }
-        Ok(Self { layout, device, mode, len_bytes: fixed.len })
+        let has_digests = fixed.flags & HAS_DIGESTS != 0;
+        let digests = has_digests.then(|| digest::read(table, fixed.len, fixed.digest)).transpose()?;
+        Ok(Self { layout, device, mode, len_bytes: fixed.len, digests })
     }
 }
 
@@ -198,7 +213,7 @@ mod tests {
 
     fn matrix() -> Descriptor {
         let layout = Layout::contiguous(DType::F32, &[2, 3]).expect("a small layout");
-        Descriptor { layout, device: Device::HOST, mode: Mode::Inline, len_bytes: 24 }
+        Descriptor { layout, device: Device::HOST, mode: Mode::Inline, len_bytes: 24, digests: None }
     }
 
     /// W1, written out by hand from the table; f32 has code 11.
@@ -212,7 +227,8 @@ mod tests {
         assert_eq!(wire(&matrix()), expected);
 
         let layout = matrix().layout.transpose(0, 1).expect("two dimensions");
-        let transposed = Descriptor { layout, device: Device::Cuda(3), mode: Mode::Bulk(9), len_bytes: 24 };
+        let transposed =
+            Descriptor { layout, device: Device::Cuda(3), mode: Mode::Bulk(9), len_bytes: 24, digests: None };
         let mut expected = vec![11, 2, 1, 1, 1, 0, 3, 0, 9, 0, 0, 0, 0, 0, 0, 0];
         expected.extend([0; 8]);
         expected.extend([24, 0, 0, 0, 0, 0, 0, 0]);
@@ -236,7 +252,7 @@ mod tests {
     fn a_tensor_without_elements_is_read_back_whatever_its_other_sizes() {
         let narrow = Layout::contiguous(DType::F32, &[0, 1, 1]).expect("a small layout");
         let layout = narrow.broadcast_to(&[0, 1 << 40, 1 << 40]).expect("no elements");
-        let bytes = wire(&Descriptor { layout, device: Device::HOST, mode: Mode::Inline, len_bytes: 0 });
+        let bytes = wire(&Descriptor { layout, device: Device::HOST, mode: Mode::Inline, len_bytes: 0, digests: None });
         let again = read(&bytes).expect("it was refused once, and the connection closed");
         assert_eq!((again.layout.shape(), again.len_bytes), (&[0, 1 << 40, 1 << 40][..], 0));
     }

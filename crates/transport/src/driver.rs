@@ -51,8 +51,8 @@ use crate::strangers::Strangers;
 use crate::tls::Session;
 use crate::tls::Tls;
 use crate::{
-    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, NoSlabs, ProtocolError, Route, TransferError, Transport,
-    WorkerInfo, local, shm, tcp,
+    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, NoSlabs, Placer, ProtocolError, Route, TransferError,
+    Transport, WorkerInfo, local, shm, tcp,
 };
 
 /// How often a stopping driver looks whether all goodbyes are taken.
@@ -88,6 +88,11 @@ pub trait Peer: Send + Sync + 'static {
     fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>);
     /// Fails what is overdue; gives the next deadline.
     fn on_timer(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Option<Instant>;
+    /// A reply with tensors begins: who has memory for them, if the caller of that call has.
+    fn placer(&self, call: u64) -> Option<Arc<dyn Placer>> {
+        let _ = call;
+        None
+    }
 }
 
 /// How a [`Driver`] is set up.
@@ -359,7 +364,7 @@ impl Driver {
             return Ok((Socket::Simulated(socket), route));
         }
         let channel = self.decide(target, [Device::HOST; 2], 0).taken();
-        if let (Some(Channel::Unix), Some(address)) = (channel, &target.local) {
+        if let (Some(Channel::Unix | Channel::Shm), Some(address)) = (channel, &target.local) {
             match local::connect(address) {
                 Ok(socket) => return Ok((Socket::System(socket), Route::Unix(Arc::new(address.clone())))),
                 Err(error) if self.config.transport == Transport::Auto => {

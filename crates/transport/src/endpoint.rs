@@ -34,7 +34,7 @@ use rustix::io::Errno;
 
 use bulk::{Bulk, BulkLink, BulkRx, ENDED_MAX, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
-pub(crate) use encode::{encode_frame, encoded, greeting, read_greeting, write_greeting};
+pub(crate) use encode::{encode_frame, encoded, greeting, payload, read_greeting, write_greeting};
 use rings::{Bell, ended_with, only_bells};
 
 use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
@@ -42,7 +42,7 @@ use crate::auth::{Acceptor, Dialer};
 use crate::driver::Seen;
 use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
-use crate::frame::{FEATURE_RINGS, FEATURE_SLABS, HEADER_BYTES, Header, Kind, VERSION};
+use crate::frame::{FEATURE_DIGESTS, FEATURE_RINGS, FEATURE_SLABS, HEADER_BYTES, Header, Kind, VERSION};
 use crate::planted::{self, Bug};
 use crate::receive::{Received, Receiver, Transfers};
 use crate::shm::{Borrower, Lender, Returns, RingReader, RingWriter, Rings};
@@ -112,6 +112,8 @@ pub struct Endpoint {
     offers_slabs: bool,
     /// The peer, too.
     has_slabs: AtomicBool,
+    /// The peer compares digests, and may send them.
+    has_digests: AtomicBool,
     lender: Mutex<Lender>,
     returns: Arc<Returns>,
     /// Shared memory for frames, once there is some; `bell` once it is read.
@@ -165,6 +167,7 @@ impl Endpoint {
     pub fn dial(driver: &Arc<Driver>, target: &WorkerInfo, peer: Arc<dyn Peer>) -> Result<Arc<Self>, TransferError> {
         let (socket, route) = driver.connect(target)?;
         let endpoint = Self::new(driver, socket, Some((target.clone(), route)), Status::Connecting, 0)?;
+        lock(&endpoint.rx).receiver.place_by(Arc::downgrade(&peer));
         if endpoint.peer.set(peer).is_err() {
             unreachable!("a new endpoint has no peer");
         }
@@ -229,6 +232,7 @@ impl Endpoint {
             transfers: Mutex::default(),
             offers_slabs,
             has_slabs: AtomicBool::new(false),
+            has_digests: AtomicBool::new(false),
             lender: Mutex::default(),
             returns: Arc::default(),
             rings: OnceLock::new(),
@@ -307,6 +311,10 @@ impl Endpoint {
         flush: bool,
     ) -> Result<(), TransferError> {
         self.check_limits(outbound)?;
+        if outbound.digests.is_some() && !self.has_digests.load(Ordering::Acquire) && self.cause.get().is_none() {
+            let unknown = || WorkerId { name: "the peer".into(), rank: 0 };
+            return Err(TransferError::NoDigests { worker: self.peer_id().cloned().unwrap_or_else(unknown) });
+        }
         let mut tx = lock(&self.tx);
         if let Some(cause) = self.cause.get() {
             return Err(TransferError::Closed { cause: Arc::clone(cause) });
@@ -552,6 +560,7 @@ impl Endpoint {
         acceptor: Option<Acceptor>,
     ) -> Result<(), CloseCause> {
         let key = lock(&self.bulk).key;
+        lock(&self.rx).receiver.place_by(Arc::downgrade(&peer));
         if self.peer.set(peer).is_err() {
             unreachable!("an endpoint is welcomed once");
         }
@@ -563,6 +572,10 @@ impl Endpoint {
         };
         if welcome.features & FEATURE_SLABS != 0 {
             self.start_slabs(&mut lock(&self.rx).receiver);
+        }
+        if welcome.features & FEATURE_DIGESTS != 0 {
+            lock(&self.rx).receiver.take_digests();
+            self.has_digests.store(true, Ordering::Release);
         }
         let mut welcome = encoded(&welcome);
         if let Some(acceptor) = acceptor {
@@ -580,7 +593,7 @@ impl Endpoint {
 
     /// What this side can do on this connection, in a hello or a welcome.
     fn features(&self) -> u64 {
-        if self.offers_slabs { FEATURE_SLABS | FEATURE_RINGS } else { 0 }
+        FEATURE_DIGESTS | if self.offers_slabs { FEATURE_SLABS | FEATURE_RINGS } else { 0 }
     }
 
     /// Both sides pass slabs: from now on.
@@ -672,6 +685,9 @@ impl Endpoint {
                         if self.has_slabs.load(Ordering::Acquire) {
                             self.start_slabs(&mut rx.receiver);
                         }
+                        if self.has_digests.load(Ordering::Acquire) {
+                            rx.receiver.take_digests();
+                        }
                     }
                 }
                 Received::Waiting(partial) => self.park(partial)?,
@@ -744,6 +760,8 @@ impl Endpoint {
             // Before frames that wait leave; the reader goes on from there.
             self.has_slabs.store(true, Ordering::Release);
         }
+        // Before the peer is known, as requests with digests wait for that.
+        self.has_digests.store(welcome.features & FEATURE_DIGESTS != 0, Ordering::Release);
         // The only writer: frames of one connection are delivered one at a time, and a second welcome is refused.
         let _ = self.remote.set(welcome.worker);
         if let Some(peer) = self.peer.get() {

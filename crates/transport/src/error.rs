@@ -69,6 +69,9 @@ pub enum ProtocolError {
     /// A chunk outside its transfer, out of order, or for a transfer that is complete.
     #[error("chunk at {offset} of {len} bytes does not continue transfer {transfer} at {expected}")]
     Chunk { transfer: u64, offset: u64, len: u64, expected: u64 },
+    /// A tensor's list of digests that is not the one that was sent.
+    #[error("a tensor's list of digests does not have the digest that its descriptor says")]
+    DigestList,
     /// A transfer id used twice.
     #[error("transfer {transfer} was announced twice")]
     DuplicateTransfer { transfer: u64 },
@@ -215,6 +218,9 @@ pub enum TransferError {
     /// The frame is larger than the peer would accept; nothing was sent.
     #[error("{found} {what} exceed the limit of {max}; send less per call, or raise the limit on both sides")]
     TooLarge { what: &'static str, found: u64, max: u64 },
+    /// Digests were asked for, and the peer's build knows none.
+    #[error("{worker} cannot compare digests: run the same farcall on every worker, or ask for none")]
+    NoDigests { worker: WorkerId },
     /// A tensor could not be read on its device.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -9,7 +9,7 @@
 //!  4 version     u8                   40 deadline_us u64  relative; 0 = none
 //!  5 kind        u8                   48 offset      u64  Chunk: where its bytes go in the transfer;
 //!                                                          Slab: its bytes
-//!  6 flags       u16  must be 0       56 credit      u32  reserved, must be 0
+//!  6 flags       u16  see below       56 credit      u32  reserved, must be 0
 //!  8 call        u64  call/transfer/  60 reserved    u32  must be 0
 //!                    slab
 //! 16 function    u32  interned id
@@ -18,6 +18,7 @@
 //! 28 tensors     u16  their count
 //! 30 ext_len     u16  extensions      then: extensions, descriptors, metadata, inline payloads in order
 //! ```
+//! Flags: bit 0 of a Request, if both sides have digests, asks for digests of the answer's tensors. All else must be 0.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -36,7 +37,11 @@ pub const VERSION: u8 = 1;
 /// What a build can do beyond its version, a bit each. This one: tensors pass in slabs that the receiver maps; see `shm`.
 pub(crate) const FEATURE_SLABS: u64 = 1;
 /// Frames pass in rings of shared memory; see `shm::ring`.
-pub(crate) const FEATURE_RINGS: u64 = 2;
+pub(crate) const FEATURE_RINGS: u64 = 4;
+/// Tensors may come with digests; see `digest`.
+pub(crate) const FEATURE_DIGESTS: u64 = 2;
+/// Of a request: the answer's tensors are to have digests.
+pub(crate) const WANTS_DIGESTS: u16 = 1;
 
 /// What a frame is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -139,13 +144,16 @@ impl Header {
             return Err(ProtocolError::Version { found: header.version, supported: VERSION });
         }
         let kind = Kind::from_code(header.kind).ok_or(ProtocolError::Kind { found: header.kind })?;
-        if header.flags != 0 || header.credit != 0 || header.reserved != 0 {
+        let flags = if kind == Kind::Request { WANTS_DIGESTS } else { 0 };
+        if header.flags & !flags != 0 || header.credit != 0 || header.reserved != 0 {
             return Err(ProtocolError::ReservedBits { kind });
         }
         limit("metadata bytes", u64::from(header.meta_len), limits.metadata_bytes_max)?;
         limit("tensors", u64::from(header.tensors), limits.tensors_max)?;
         let (table_len, tensors) = (u64::from(header.table_len), u64::from(header.tensors));
-        limit("descriptor bytes", table_len, tensors * crate::descriptor::MAX_BYTES)?;
+        // Digests of all that may come in one frame; one more a tensor, as each has a last chunk.
+        let digests = if tensors > 0 { crate::digest::count(limits.tensor_bytes_max) + tensors } else { 0 };
+        limit("descriptor bytes", table_len, tensors * crate::descriptor::MAX_BYTES + 8 * digests)?;
         // Places for the tensors are made before the first descriptor is read: what is announced must be paid for.
         if table_len < tensors * crate::descriptor::MIN_BYTES {
             return Err(ProtocolError::TruncatedDescriptors);
@@ -154,6 +162,15 @@ impl Header {
         let payload_max = if kind == Kind::Chunk { limits.chunk_bytes_max } else { limits.inline_bytes_max };
         limit("payload bytes in one frame", header.payload_len, payload_max)?;
         Ok((header, kind))
+    }
+
+    /// What a header must keep to where digests were not agreed on.
+    pub(crate) fn expect_no_digests(&self, kind: Kind) -> Result<(), ProtocolError> {
+        if self.flags != 0 {
+            return Err(ProtocolError::ReservedBits { kind });
+        }
+        let tensors = u64::from(self.tensors);
+        limit("descriptor bytes", u64::from(self.table_len), tensors * crate::descriptor::MAX_BYTES)
     }
 
     /// Bytes between the header and the inline payload.

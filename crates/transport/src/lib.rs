@@ -19,6 +19,7 @@
 mod address;
 mod auth;
 mod descriptor;
+mod digest;
 mod driver;
 mod endpoint;
 mod error;
@@ -52,6 +53,7 @@ mod tls;
 mod tls_error;
 
 pub use address::{Limits, Route, WorkerId, WorkerInfo};
+pub use digest::{Corrupt, DIGEST_CHUNK_BYTES, DigestList, Digests, digests};
 pub use driver::{Driver, DriverConfig, Job, JobCost, Peer, Service, Spin, Turn};
 pub use endpoint::{Endpoint, Outbound, Staged, stage};
 pub use error::{AuthError, CloseCause, ProtocolError, TransferError};
@@ -62,7 +64,7 @@ pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
 pub use negotiate::{Carriage, Channel, Decision, End, Obstacle, Verdict, negotiate};
 pub use passing::{NoSlabs, Passing};
-pub use receive::{Frame, Unanswered};
+pub use receive::{Arriving, Frame, Placer, Unanswered};
 #[doc(hidden)]
 pub use repeats::Repeats;
 pub use shm::{LENT_BYTES_MIN, no_slabs};

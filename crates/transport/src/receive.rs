@@ -2,19 +2,21 @@
 //!
 //! [`Receiver`] takes the control connection's bytes as they come. Tensors up to the inline limit land in recycled
 //! storages as they arrive; larger ones make the frame wait in [`Transfers`] until their chunks are in. Those in slabs of the
-//! peer are there already.
+//! peer are there already. A reply's may land in memory of its caller's ([`Placer`]).
 //! Invariant LIMITS: header, then descriptors are checked before a storage is allocated.
 //! Invariant R1: a frame that waits for its bulk payload delays no later frame.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
 
 use crate::descriptor::{Descriptor, Mode};
-use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::digest::{DigestList, Digests};
+use crate::driver::Peer;
+use crate::frame::{HEADER_BYTES, Header, Kind, WANTS_DIGESTS};
 use crate::planted::{self, Bug};
 use crate::shm::Borrower;
 use crate::{CloseCause, Limits, ProtocolError};
@@ -42,6 +44,8 @@ pub struct Frame {
     pub unanswered: Unanswered,
     /// The device that each is for, as the sender says; empty if all are for the host. They lie on the host still.
     pub devices: Vec<Device>,
+    /// What the tensors are to be compared with before the value is given.
+    pub digests: Digests,
 }
 
 /// Tensor bytes of one peer's requests that have come, or are coming, and are not answered (LIMITS).
@@ -81,6 +85,7 @@ struct Slot {
     layout: Layout,
     device: Device,
     place: Place,
+    digests: Option<DigestList>,
 }
 
 /// A frame some of whose payload is still on its way.
@@ -95,9 +100,13 @@ impl Partial {
         if self.slots.iter().any(|slot| slot.device != Device::HOST) {
             self.frame.devices.extend(self.slots.iter().map(|slot| slot.device));
         }
-        for slot in self.slots {
+        for (index, slot) in self.slots.into_iter().enumerate() {
             let Place::Complete(storage) = slot.place else { unreachable!("finished with a payload missing") };
-            self.frame.tensors.push(Tensor::from_storage(storage, slot.layout)?);
+            let tensor = Tensor::from_storage(storage, slot.layout)?;
+            if let Some(digests) = slot.digests {
+                self.frame.digests.tensors.push((index, tensor.clone(), digests));
+            }
+            self.frame.tensors.push(tensor);
         }
         Ok(self.frame)
     }
@@ -130,6 +139,26 @@ pub(crate) struct Receiver {
     descriptors: VecDeque<OwnedFd>,
     /// Where others come from, of frames that do not come by the socket.
     more_descriptors: Option<DescriptorSource>,
+    /// Who may have memory for the tensors of replies.
+    owner: Option<Weak<dyn Peer>>,
+    /// Frames may have digests.
+    digests: bool,
+}
+
+/// A tensor of a reply whose descriptor has come.
+#[derive(Clone, Debug)]
+pub struct Arriving {
+    /// Its layout.
+    pub layout: Layout,
+    /// Its bytes are still to come; else they lie in a slab.
+    pub travels: bool,
+}
+
+/// Memory that a caller has for the tensors of a reply.
+pub trait Placer: Send + Sync {
+    /// A place for each tensor: host memory of exactly the bytes that travel, or `None` for recycled memory. All that is wrong
+    /// with the tensors is told later, with the frame.
+    fn place(&self, tensors: &[Arriving]) -> Vec<Option<StorageMut>>;
 }
 
 /// Gives the next descriptor that the peer has passed.
@@ -139,8 +168,42 @@ impl Receiver {
     pub(crate) fn new(limits: Limits, runtime: Runtime) -> Self {
         let inflow = Arc::default();
         let (head, state) = ([0; HEADER_BYTES], State::Head);
-        let (borrower, descriptors, more_descriptors) = (None, VecDeque::new(), None);
-        Self { limits, runtime, head, head_len: 0, state, inflow, borrower, descriptors, more_descriptors }
+        let descriptors = VecDeque::new();
+        Self {
+            limits,
+            runtime,
+            head,
+            head_len: 0,
+            state,
+            inflow,
+            borrower: None,
+            descriptors,
+            owner: None,
+            digests: false,
+            more_descriptors: None,
+        }
+    }
+
+    /// From the next frame on, tensors may come with digests.
+    pub(crate) fn take_digests(&mut self) {
+        self.digests = true;
+    }
+
+    /// From the next frame on, `owner` is asked for memory for replies.
+    pub(crate) fn place_by(&mut self, owner: Weak<dyn Peer>) {
+        self.owner = Some(owner);
+    }
+
+    /// The caller's memory for the tensors of a reply, if it has any; `table` is checked before anybody is asked.
+    fn places(&self, header: &Header, mut table: &[u8]) -> Result<Vec<Option<StorageMut>>, ProtocolError> {
+        let owner = self.owner.as_ref().filter(|_| header.tensors > 0).and_then(Weak::upgrade);
+        let Some(placer) = owner.and_then(|owner| owner.placer(header.call)) else { return Ok(Vec::new()) };
+        let mut arriving = Vec::with_capacity(header.tensors as usize);
+        for _ in 0..header.tensors {
+            let Descriptor { layout, mode, .. } = Descriptor::read(&mut table, &self.limits)?;
+            arriving.push(Arriving { layout, travels: !matches!(mode, Mode::Slab(_)) });
+        }
+        Ok(placer.place(&arriving))
     }
 
     /// Tensor bytes of the peer's requests that are not answered.
@@ -198,6 +261,9 @@ impl Receiver {
                     }
                     self.head_len = 0;
                     let (header, kind) = Header::parse(&self.head, &self.limits)?;
+                    if !self.digests {
+                        header.expect_no_digests(kind)?;
+                    }
                     if kind == Kind::Chunk {
                         return Err(ProtocolError::Unexpected { kind, expected: "a control frame" }.into());
                     }
@@ -262,8 +328,12 @@ impl Receiver {
         let mut frame_bytes = 0_u64;
         // Only answers make it less meanwhile.
         let others = if kind == Kind::Request { self.inflow.0.load(Ordering::Acquire) } else { 0 };
-        for _ in 0..header.tensors {
-            let Descriptor { layout, device, mode, len_bytes } = Descriptor::read(&mut table, &self.limits)?;
+        let mut places = if kind == Kind::Reply { self.places(header, table)? } else { Vec::new() };
+        for index in 0..header.tensors as usize {
+            if !self.digests && Descriptor::has_digests(table) {
+                return Err(ProtocolError::ReservedDescriptorBits.into());
+            }
+            let Descriptor { layout, device, mode, len_bytes, digests } = Descriptor::read(&mut table, &self.limits)?;
             frame_bytes = frame_bytes.saturating_add(len_bytes);
             crate::frame::limit("tensor bytes in one frame", frame_bytes, self.limits.tensor_bytes_max)?;
             if others > 0 {
@@ -275,7 +345,8 @@ impl Receiver {
                 // Before the allocation: an inline tensor is never larger than the payload that carries it.
                 crate::frame::limit("inline payload bytes", inline_bytes, header.payload_len)?;
             }
-            let alloc = || self.runtime.alloc_host(len_bytes as usize);
+            let place = places.get_mut(index).and_then(Option::take).filter(|place| place.len() as u64 == len_bytes);
+            let alloc = || place.map_or_else(|| self.runtime.alloc_host(len_bytes as usize), Ok);
             let place = match mode {
                 Mode::Inline => Place::Inline(alloc()?),
                 Mode::Bulk(transfer) => {
@@ -287,7 +358,7 @@ impl Receiver {
                     Place::Complete(borrower.borrow(place, len_bytes)?)
                 }
             };
-            slots.push(Slot { layout, device, place });
+            slots.push(Slot { layout, device, place, digests });
         }
         accounted("descriptors", u64::from(header.table_len), (header.table_len as usize - table.len()) as u64)?;
         accounted("inline payload", header.payload_len, inline_bytes)?;
@@ -305,6 +376,7 @@ impl Receiver {
             unanswered,
             tensors: Vec::with_capacity(slots.len()),
             devices: Vec::new(),
+            digests: Digests { wanted: header.flags & WANTS_DIGESTS != 0, tensors: Vec::new() },
         };
         Ok(Partial { frame, slots, missing })
     }
@@ -476,8 +548,16 @@ mod tests {
     fn request(metadata: &[u8], tensors: &[Tensor], inline_max: u64) -> (Vec<u8>, Vec<(u64, Tensor)>) {
         let mut wire = Vec::new();
         let mut next_transfer = 1;
-        let outbound =
-            Outbound { kind: Kind::Request, call: 7, function: 3, deadline_us: 0, metadata, tensors, devices: &[] };
+        let outbound = Outbound {
+            kind: Kind::Request,
+            call: 7,
+            function: 3,
+            deadline_us: 0,
+            metadata,
+            tensors,
+            devices: &[],
+            digests: None,
+        };
         let bulk = encode_frame(&outbound, inline_max, &mut next_transfer, &mut wire, |_| None).expect("encodes");
         (wire, bulk)
     }

@@ -209,6 +209,9 @@ settings! {
     "spin", "FARCALL_SPIN", Kind::Text("`auto`, `on` or `off`"), "auto",
         "threads look for work a while before they sleep: while it is seen to pay, always, or never",
         |draft, text| text.parse().ok().map(|spin| draft.options.spin = spin);
+    "digests", "FARCALL_DIGESTS", Kind::Flag, "false",
+        "tensors are sent with digests, which their receivers compare: bytes that a network or a memory has changed are an error",
+        |draft, text| value::flag(text).map(|digests| draft.options.digests = digests);
     "interface", "FARCALL_INTERFACE", INTERFACE, "",
         "the network interface whose address this worker listens on; `NCCL_SOCKET_IFNAME` if there is none",
         |draft, text| text.parse().ok().map(|interface| draft.options.interface = Some(interface));

@@ -5,7 +5,8 @@ use std::io::IoSlice;
 
 use super::lost;
 use crate::descriptor::{Descriptor, Mode, Place};
-use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::digest::DigestList;
+use crate::frame::{HEADER_BYTES, Header, Kind, WANTS_DIGESTS};
 use crate::shm::LENT_BYTES_MIN;
 use crate::socket::Socket;
 use crate::tcp::Progress;
@@ -28,12 +29,14 @@ pub struct Outbound<'a> {
     pub tensors: &'a [Tensor],
     /// The device that each tensor is for at the target; empty for the host.
     pub devices: &'a [Device],
+    /// Digests of each tensor; of a request, digests of the answer are asked for, too.
+    pub digests: Option<&'a [DigestList]>,
 }
 
 impl<'a> Outbound<'a> {
     /// A frame without call, function, deadline or tensors.
     pub fn new(kind: Kind, metadata: &'a [u8]) -> Self {
-        Self { kind, call: 0, function: 0, deadline_us: 0, metadata, tensors: &[], devices: &[] }
+        Self { kind, call: 0, function: 0, deadline_us: 0, metadata, tensors: &[], devices: &[], digests: None }
     }
 }
 
@@ -91,6 +94,7 @@ pub(crate) fn encode_frame(
         deadline_us: outbound.deadline_us,
         meta_len: outbound.metadata.len() as u32,
         tensors: outbound.tensors.len() as u16,
+        flags: if outbound.kind == Kind::Request && outbound.digests.is_some() { WANTS_DIGESTS } else { 0 },
         ..Header::new(outbound.kind)
     };
     wire.extend_from_slice(header.as_bytes());
@@ -100,6 +104,7 @@ pub(crate) fn encode_frame(
         debug_assert!(tensor.layout().is_dense_or_broadcast(), "sent without `stage`: {tensor:?}");
         let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
         let mut descriptor = Descriptor::of(tensor, device, Mode::Inline);
+        descriptor.digests = outbound.digests.and_then(|digests| digests.get(index).cloned());
         let lent = if descriptor.len_bytes < LENT_BYTES_MIN { None } else { lend(tensor.storage()) };
         if let Some(place) = lent {
             let offset = place.offset + tensor.layout().byte_span().start as u64;
@@ -127,7 +132,7 @@ pub(crate) fn encode_frame(
 ///
 /// # Errors
 /// [`DeviceError::NotReady`], [`DeviceError::NotHost`].
-pub(super) fn payload(tensor: &Tensor) -> Result<&[u8], DeviceError> {
+pub(crate) fn payload(tensor: &Tensor) -> Result<&[u8], DeviceError> {
     Ok(&tensor.storage().as_bytes()?[tensor.layout().byte_span()])
 }
 

@@ -59,8 +59,13 @@ pub fn golden() -> Vec<Golden> {
         descriptors.iter().for_each(|descriptor| descriptor.write(&mut table));
         table
     };
-    let of =
-        |layout: Layout, device, mode| Descriptor { len_bytes: layout.byte_span().end as u64, layout, device, mode };
+    let of = |layout: Layout, device, mode| Descriptor {
+        len_bytes: layout.byte_span().end as u64,
+        layout,
+        device,
+        mode,
+        digests: None,
+    };
     let strided =
         |dtype, shape: &[usize], strides: &[i64]| Layout::strided(dtype, shape, strides, 0).expect("a small layout");
     let dense = |dtype, shape: &[usize]| Layout::contiguous(dtype, shape).expect("a small layout");

@@ -9,6 +9,7 @@ use farcall_device::{Config, DType, Device, Runtime, Tensor};
 
 use super::descriptors::is_same_tensor;
 use super::{Golden, Numbers, TENSOR_BYTES_MAX, limits};
+use crate::digest::Digests;
 use crate::endpoint::{Outbound, encode_frame};
 use crate::frame::{HEADER_BYTES, Header, Kind, MAGIC};
 use crate::receive::{Received, Receiver, Transfers, Unanswered};
@@ -82,6 +83,7 @@ fn receive_into(
     mut piece: impl FnMut(usize) -> usize,
 ) -> Result<End, CloseCause> {
     let mut receiver = Receiver::new(limits(), runtime.clone());
+    receiver.take_digests();
     let mut transfers = Transfers::default();
     let mut rest = input;
     while !rest.is_empty() {
@@ -180,6 +182,7 @@ fn wire(frame: &Frame, range: Range<usize>) -> Vec<u8> {
         metadata: &frame.metadata,
         tensors: &frame.tensors,
         devices: &frame.devices,
+        digests: None,
     };
     let mut wire = Vec::new();
     let bulk = encode_frame(&outbound, limits().inline_bytes_max, &mut 1, &mut wire, |_| None);
@@ -211,6 +214,7 @@ pub fn golden() -> Vec<Golden> {
         tensors,
         unanswered: Unanswered::default(),
         devices: Vec::new(),
+        digests: Digests::default(),
     };
     let all = |frame: &Frame| wire(frame, 0..usize::MAX);
     let counting = |shape: &[usize]| {

@@ -1,0 +1,92 @@
+//! A request's arguments, made fit for the wire: those of one call, or of several that send the same.
+//!
+//! Invariant: what several workers get is copied to the host, packed and moved into slabs once, and encoded once; each call has
+//! only its own list of devices, as maps differ.
+
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
+
+use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime};
+use farcall_transport::{DigestList, Staged, digests, stage};
+
+/// See the module. Fit to be sent once `pending` has passed.
+pub(crate) struct Parcel {
+    pub(crate) contents: Contents,
+    /// The device that each tensor is from; empty if all are from the host.
+    pub(crate) devices: Vec<Device>,
+    pub(crate) pending: Fences,
+}
+
+/// Metadata, and tensors as [`stage`] makes them.
+pub(crate) enum Contents {
+    Own(Packed),
+    Shared(Arc<Packed>),
+}
+
+/// What is sent, and the digests of its tensors once they were asked for.
+pub(crate) struct Packed {
+    pub(crate) encoded: Encoded,
+    digests: OnceLock<Vec<DigestList>>,
+}
+
+impl Packed {
+    fn new(encoded: Encoded) -> Self {
+        Self { encoded, digests: OnceLock::new() }
+    }
+
+    /// Made once, of tensors that are ready.
+    pub(crate) fn digests(&self) -> Result<&[DigestList], DeviceError> {
+        if let Some(known) = self.digests.get() {
+            return Ok(known);
+        }
+        let made = digests(&self.encoded.tensors)?;
+        Ok(self.digests.get_or_init(|| made))
+    }
+}
+
+impl Deref for Contents {
+    type Target = Packed;
+
+    fn deref(&self) -> &Packed {
+        match self {
+            Self::Own(packed) => packed,
+            Self::Shared(packed) => packed,
+        }
+    }
+}
+
+impl Parcel {
+    /// For one call; `slabs` as of [`stage`].
+    ///
+    /// # Errors
+    /// Those of [`stage`].
+    pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
+        let Encoded { metadata, tensors } = encoded;
+        let Staged { tensors, devices, pending } = stage(runtime, tensors, slabs)?;
+        Ok(Self { contents: Contents::Own(Packed::new(Encoded { metadata, tensors })), devices, pending })
+    }
+}
+
+/// What several calls send.
+pub(crate) struct SharedParcel {
+    contents: Arc<Packed>,
+    devices: Vec<Device>,
+}
+
+impl SharedParcel {
+    /// As [`Parcel::new`], with `slabs` if any of the calls' peers takes them: the others read the same bytes there.
+    ///
+    /// # Errors
+    /// Those of [`stage`].
+    pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
+        let Encoded { metadata, tensors } = encoded;
+        let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs)?;
+        Ok(Self { contents: Arc::new(Packed::new(Encoded { metadata, tensors })), devices })
+    }
+
+    /// One call's.
+    pub(crate) fn parcel(&self) -> Parcel {
+        let pending = Fences::of(&self.contents.encoded.tensors);
+        Parcel { contents: Contents::Shared(Arc::clone(&self.contents)), devices: self.devices.clone(), pending }
+    }
+}
