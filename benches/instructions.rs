@@ -7,7 +7,7 @@
 
 use std::hint::black_box;
 
-use farcall::StoreServer;
+use farcall::{Spin, StoreServer};
 use farcall::prelude::*;
 
 /// Gives the first element.
@@ -23,6 +23,8 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let join = move |rank| {
         let mut options = Options::new(rank, 2, address.clone());
         options.host_store = false;
+        // Looking for work is no work.
+        options.spin = Spin::Off;
         Agent::join_blocking(options)
     };
     let other = join.clone();

@@ -16,7 +16,8 @@
 //!
 //! Both processes can write all of it, and neither trusts it: bytes are copied out before they are parsed, positions are checked,
 //! and each side keeps its own. A ring that was written into costs the two that share it their connection, and nobody else
-//! anything. The file is sealed, so no read of it faults. Pages are made as bytes first pass, and given back while nothing does.
+//! anything. The file is sealed, so no read of it ends a process. Its pages are there from the start, so that no call waits for one,
+//! and are given back after a while in which nothing passed.
 //!
 //! Invariant D1: bytes are read in the order in which they were sent, those by the socket first.
 
@@ -38,9 +39,11 @@ use super::memory_file;
 use crate::ProtocolError;
 
 /// Bytes of a direction: some hundred small frames, so that thousands of calls in flight seldom wait for room.
-const RING_BYTES: usize = 128 << 10;
+const RING_BYTES: usize = 64 << 10;
 const PAGE_BYTES: usize = 4096;
 const FILE_BYTES: usize = PAGE_BYTES + 2 * RING_BYTES;
+/// Heartbeats without a byte after which a ring's pages are given back.
+const IDLE_BEATS: u32 = 25;
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 const _: () = assert!(2 * size_of::<Lane>() <= PAGE_BYTES && RING_BYTES.is_power_of_two());
@@ -102,9 +105,9 @@ impl Rings {
     }
 
     fn map(file: OwnedFd, dialed: bool) -> io::Result<Self> {
-        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory that exists.
-        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), FILE_BYTES, access, MapFlags::SHARED, &file, 0)? };
+        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), FILE_BYTES, access, flags, &file, 0)? };
         let start = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
         // SAFETY: our mapping, of which nobody has a reference yet; the advice changes no contents.
         if let Err(errno) = unsafe { rustix::mm::madvise(start.as_ptr().cast(), FILE_BYTES, Advice::LinuxDontFork) } {
@@ -199,9 +202,10 @@ pub(crate) struct RingWriter {
     tail: u64,
     /// As last seen.
     head: u64,
-    /// Where it was when its pages were last given back, and when that was last thought of.
+    /// Where it was when its pages were last given back, and at the last heartbeat; how many found it there.
     released: u64,
     looked_at: u64,
+    idle_beats: u32,
     /// Where it was last written, as the peer is told.
     processor: u32,
 }
@@ -216,7 +220,7 @@ pub(crate) enum Sleeper {
 
 impl RingWriter {
     pub(crate) fn new(rings: &Arc<Rings>) -> Self {
-        Self { rings: Arc::clone(rings), tail: 0, head: 0, released: 0, looked_at: 0, processor: 0 }
+        Self { rings: Arc::clone(rings), tail: 0, head: 0, released: 0, looked_at: 0, idle_beats: 0, processor: 0 }
     }
 
     /// Copies as many of `bytes` as there is room for, and gives how many. The receiver sees them.
@@ -268,11 +272,13 @@ impl RingWriter {
         }
     }
 
-    /// Gives the pages of bytes that were read back to the system, if nothing was written since the last such call. Nothing if
-    /// there are few.
+    /// At each heartbeat: after some without a byte, the ring's pages go back to the system.
     pub(crate) fn release_idle_pages(&mut self) {
         let idle = std::mem::replace(&mut self.looked_at, self.tail) == self.tail;
-        if !idle || self.tail - self.released <= PAGE_BYTES as u64 {
+        self.idle_beats = if idle { self.idle_beats.saturating_add(1) } else { 0 };
+        // None are left to give, but for the few that little traffic has taken since.
+        let given = self.released > 0 && self.tail - self.released <= PAGE_BYTES as u64;
+        if self.idle_beats < IDLE_BEATS || given {
             return;
         }
         if self.rings.lane(true).head(self.tail, RING_BYTES as u64) != Ok(self.tail) {
@@ -281,7 +287,7 @@ impl RingWriter {
         let offset = PAGE_BYTES + usize::from(!self.rings.dialed) * RING_BYTES;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match rustix::fs::fallocate(self.rings.file().as_fd(), flags, offset as u64, RING_BYTES as u64) {
-            Ok(()) => self.released = self.tail,
+            Ok(()) => self.released = self.tail.max(1),
             Err(errno) => tracing::debug!(%errno, "an idle ring keeps its pages"),
         }
     }
@@ -340,5 +346,90 @@ impl RingReader {
             let _ = futex::wait(lane.word(), Flags::empty(), lane::THREAD, Some(&timeout));
             lane.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both ends of one direction, in two mappings.
+    fn ends() -> (RingWriter, RingReader) {
+        let dialer = Rings::create().unwrap();
+        let acceptor = Rings::open(Some(dialer.file().try_clone().unwrap())).unwrap();
+        (RingWriter::new(&dialer), RingReader::new(&acceptor))
+    }
+
+    fn blocks(writer: &RingWriter) -> i64 {
+        rustix::fs::fstat(writer.rings.file()).unwrap().st_blocks
+    }
+
+    #[test]
+    fn bytes_come_out_as_they_went_in_around_the_end_many_times() {
+        let (mut writer, mut reader) = ends();
+        let bytes: Vec<u8> = (0..1_000_000_u32).map(|index| (index % 251) as u8).collect();
+        let (mut sent, mut came, mut buffer) = (0, Vec::new(), [0; 7001]);
+        while came.len() < bytes.len() {
+            let end = bytes.len().min(sent + 12_345);
+            sent += writer.write(&bytes[sent..end]).unwrap();
+            let (len, _) = reader.read(&mut buffer).unwrap();
+            came.extend_from_slice(&buffer[..len]);
+        }
+        assert!(came == bytes && reader.is_empty());
+    }
+
+    #[test]
+    fn a_full_ring_takes_nothing_until_it_is_read_and_then_its_writer_is_told() {
+        let (mut writer, mut reader) = ends();
+        assert_eq!(writer.write(&vec![1; RING_BYTES + 1]).unwrap(), RING_BYTES);
+        assert_eq!(writer.write(&[2]).unwrap(), 0);
+        assert!(!writer.wait_for_room().unwrap());
+        assert_eq!(reader.read(&mut [0; 100]).unwrap(), (100, true));
+        assert_eq!(reader.read(&mut [0; 100]).unwrap(), (100, false), "told once");
+        assert_eq!(writer.write(&[2; 300]).unwrap(), 200);
+    }
+
+    #[test]
+    fn pages_of_an_idle_ring_go_back_and_bytes_pass_again() {
+        let (mut writer, mut reader) = ends();
+        assert_eq!(blocks(&writer), FILE_BYTES as i64 / 512, "all are there from the start");
+        let pass = |writer: &mut RingWriter, reader: &mut RingReader, len: usize| {
+            let mut buffer = vec![0; len];
+            assert_eq!(writer.write(&vec![7; len]).unwrap(), len);
+            assert_eq!(reader.read(&mut buffer).unwrap().0, len);
+            assert!(buffer.iter().all(|byte| *byte == 7));
+        };
+        pass(&mut writer, &mut reader, 10_000);
+        (0..IDLE_BEATS).for_each(|_| writer.release_idle_pages());
+        assert_eq!(blocks(&writer), FILE_BYTES as i64 / 512, "not yet");
+        writer.release_idle_pages();
+        assert_eq!(blocks(&writer), (FILE_BYTES - RING_BYTES) as i64 / 512, "the other direction's are its own");
+        pass(&mut writer, &mut reader, 100);
+        // Bytes that wait to be read stay.
+        assert_eq!(writer.write(&[9; 20_000]).unwrap(), 20_000);
+        (0..2 * IDLE_BEATS).for_each(|_| writer.release_idle_pages());
+        let mut buffer = [0; 20_000];
+        assert_eq!(reader.read(&mut buffer).unwrap().0, 20_000);
+        assert!(buffer.iter().all(|byte| *byte == 9));
+    }
+
+    #[test]
+    fn a_thread_that_sleeps_is_woken_and_the_driver_is_left_to_the_socket() {
+        let (mut writer, reader) = ends();
+        assert!(reader.leave());
+        writer.write(&[1]).unwrap();
+        assert_eq!(writer.wake(), Sleeper::Driver);
+        assert_eq!(writer.wake(), Sleeper::Nobody, "once");
+        assert!(!reader.leave(), "there is something to read");
+        let (mut writer, mut reader) = ends();
+        let sleeper = std::thread::spawn(move || {
+            while reader.is_empty() {
+                reader.sleep(Duration::from_secs(60));
+            }
+            reader.read(&mut [0; 8]).unwrap().0
+        });
+        writer.write(&[1; 3]).unwrap();
+        assert_eq!(writer.wake(), Sleeper::Nobody);
+        assert_eq!(sleeper.join().unwrap(), 3);
     }
 }
