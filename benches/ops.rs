@@ -8,10 +8,14 @@
 //! The copy is one thread's, of (bytes read + bytes
 //! written) / 2, in one piece, between memory of the same kind: slabs, which have small pages. Operators use all processors
 //! (`RAYON_NUM_THREADS` says otherwise). Results go back to the pool, so neither side pays for fresh pages.
-//! Figures (2 processors of a Xeon of 2.8 GHz in a virtual machine, small pages; cost, at a load of 5 to 6 by others, before and after stores
-//! around the caches): fill 2.26 and 1.9, rows of a view 2.16 and 1.5, transposed 15.4 and 2.0, bf16 to f32 2.20 and 1.5, add 2.08 and
-//! 1.6, neg 2.17 and 1.6, where 2.32 and 1.7, sum 2.44 and 1.9, of columns 3.55 and 2.1, cat 2.07 and 1.7; no better: f32 to bf16 and to
-//! f16 2.2 and 2.3, f16 to f32 2.7, max 3.9. "Before" was on the machine while it was quiet.
+//! Figures (2 processors of a Xeon of 2.8 GHz in a virtual machine, small pages; ratio of wall time, then cost; 2026-11-21, at a load of 2.6
+//! to 3, so that an operator often had but one of the processors while the copy had the other):
+//! fill 1.01 and 1.2, copy 0.76 and 1.1, rows of a view 1.20 and 1.8, transposed 1.48 and 2.3, f32 to bf16 1.55 and 2.3, back 1.23 and
+//! 1.9, f32 to f16 1.13 and 1.9, back 1.20 and 1.8, u8 to f32 1.27 and 2.0, add 0.95 and 1.7, by a number 0.99 and 1.8, a row to a
+//! matrix 1.39 and 2.3, div 0.96 and 1.7, neg 1.15 and 1.8, relu 1.05 and 1.8, sqrt 1.24 and 2.0, lt 1.10 and 1.9, where 0.98 and 1.7,
+//! sum 1.35 and 1.9, of rows 1.33 and 2.0, of columns 1.58 and 2.2, max 2.18 and 2.3, norm 1.68 and 1.9, cat 1.55 and 1.7, SGD 1.20 and
+//! 1.3, Adam 1.24 and 1.3. Where ratio and cost are nearly the same, one processor did all: alone, max was 1.29 and 2.4. Of those that
+//! arithmetic bounds: f32 to f8e4m3 2.4, add of bf16 1.6, argmax of rows 10.9.
 //! Run: `cargo run --release -p farcall-benches --bin ops`, with a word behind `--` for the operators that it is in. Wall time is for a quiet machine: read the ratios.
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 

@@ -8,10 +8,11 @@
 //! - complex numbers to reals without their imaginary part; to `bool` whatever is not zero is true, also NaN.
 
 use bytemuck::Pod;
-use farcall_device::{C64, C128, DType, bf16, f16};
+use farcall_device::{C64, C128, DType, bf16};
 
 use crate::kernel::with_vectors;
 
+mod float16;
 mod float8;
 
 /// One step over a block: elements of one dtype to as many of another, both aligned.
@@ -142,10 +143,7 @@ fn direct(from: DType, to: DType) -> Option<Step> {
 fn decode(from: DType) -> Option<Step> {
     let step: Step = match from {
         DType::Bool => |source, target| map(source, target, |byte: u8| u8::from(byte != 0)),
-        DType::F16 => |source, target| {
-            use half::slice::HalfFloatSliceExt;
-            bytemuck::cast_slice::<u8, f16>(source).convert_to_f32_slice(bytemuck::cast_slice_mut(target));
-        },
+        DType::F16 => float16::decode,
         DType::BF16 => |source, target| map(source, target, |bits: u16| f32::from_bits(u32::from(bits) << 16)),
         DType::F8E4M3 => |source, target| map(source, target, float8::decode::<{ float8::E4M3 }>),
         DType::F8E5M2 => |source, target| map(source, target, float8::decode::<{ float8::E5M2 }>),
@@ -158,10 +156,7 @@ fn decode(from: DType) -> Option<Step> {
 
 fn encode(to: DType) -> Option<Step> {
     let step: Step = match to {
-        DType::F16 => |source, target| {
-            use half::slice::HalfFloatSliceExt;
-            bytemuck::cast_slice_mut::<u8, f16>(target).convert_from_f32_slice(bytemuck::cast_slice(source));
-        },
+        DType::F16 => float16::encode,
         DType::BF16 => |source, target| map(source, target, bf16_bits),
         DType::F8E4M3 => |source, target| map(source, target, float8::encode::<{ float8::E4M3 }>),
         DType::F8E5M2 => |source, target| map(source, target, float8::encode::<{ float8::E5M2 }>),
@@ -260,6 +255,8 @@ fn truth(from: DType) -> Step {
 
 #[cfg(test)]
 mod tests {
+    use farcall_device::f16;
+
     use super::*;
 
     /// Casts a few elements, for tests.

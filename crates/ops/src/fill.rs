@@ -5,16 +5,13 @@ use farcall_device::{DType, DeviceError, Layout, Stream, Tensor};
 use crate::convert::Cast;
 use crate::gradient::of_arg;
 use crate::kernel::{BLOCK, CHUNK, Input, PARALLEL_MIN, for_each_chunk, for_each_part, launch};
-use crate::memory::{Out, goes_around};
+use crate::memory::{LINE, Out, goes_around};
 use crate::table::{Derivative, Operator, one};
 use crate::walk::Walk;
 use crate::{OpError, Scalar};
 
 /// Bytes of a contiguous tensor that a thread copies at a time: more than caches hold, so that the platform's copy goes past them.
 const COPY_PART_BYTES: usize = 64 << 20;
-
-/// Bytes of a pattern that are copied at a time.
-const PATTERN_BYTES: usize = 4 << 10;
 
 /// A tensor whose elements are all `value`.
 ///
@@ -24,13 +21,8 @@ pub fn full(shape: &[usize], value: impl Into<Scalar>, dtype: DType, stream: &St
     let element = element_of(value.into(), dtype);
     let size = dtype.size_bytes();
     launch("full", stream, &[], dtype, shape, move |_, target| {
-        let pattern = element[..size].repeat(PATTERN_BYTES.min(target.len()).div_ceil(size));
-        for_each_chunk(target, size, |_, mut out| {
-            for at in (0..out.len()).step_by(pattern.len()) {
-                let len = pattern.len().min(out.len() - at);
-                out.put(at, &pattern[..len], &[]);
-            }
-        });
+        let line: [u8; LINE] = std::array::from_fn(|at| element[at % size]);
+        for_each_chunk(target, size, |_, mut out| out.fill(&line));
         Ok(())
     })
 }

@@ -89,6 +89,22 @@ impl<'a> Out<'a> {
 }
 
 impl Out<'_> {
+    /// Fills all with `line`, again and again: from registers, so that nothing is read.
+    pub(crate) fn fill(&mut self, line: &[u8; LINE]) {
+        let head = if self.is_around { self.target.as_ptr().align_offset(LINE).min(self.target.len()) } else { 0 };
+        let (front, target) = self.target.split_at_mut(head);
+        front.copy_from_slice(&line[..head]);
+        let mut shifted = *line;
+        shifted.rotate_left(head % LINE);
+        let (lines, rest) = target.as_chunks_mut::<LINE>();
+        rest.copy_from_slice(&shifted[..rest.len()]);
+        #[cfg(target_arch = "x86_64")]
+        if self.is_around {
+            return lines.iter_mut().for_each(|line| store_line(line, &shifted));
+        }
+        lines.fill(shifted);
+    }
+
     /// Writes the front of a line from byte `at` on, whole ones around the caches.
     #[inline]
     pub(crate) fn put_line(&mut self, at: usize, source: &[u8; LINE], len: usize) {
@@ -258,6 +274,9 @@ mod tests {
                     let mut target = vec![0xee_u8; 1000];
                     Out::new(&mut target[start..start + len], is_around).put(0, &source[..len], &source);
                     assert_eq!(target[start..start + len], source[..len], "{len} from {start}");
+                    Out::new(&mut target[start..start + len], is_around)
+                        .fill(&std::array::from_fn(|at| 100 + at as u8));
+                    assert!((0..len).all(|at| target[start + at] == 100 + (at % LINE) as u8), "{len} from {start}");
                     assert!(target[..start].iter().chain(&target[start + len..]).all(|byte| *byte == 0xee));
                 }
             }

@@ -3,6 +3,8 @@
 //! As torch: sums of integers are `i64`; NaN wins in extremes, and of equals the first counts; the sum of nothing is 0, its mean NaN,
 //! its extremes an error. Half precision is summed in single.
 
+use std::hint::select_unpredictable;
+
 use farcall_device::{DType, Stream, Tensor};
 
 use crate::arithmetic::{div, mul};
@@ -203,6 +205,7 @@ ordered! {
 }
 
 #[expect(clippy::eq_op, reason = "NaN alone differs from itself, in every type at once")]
+#[inline(always)]
 fn is_nan<C: Ordered>(element: C) -> bool {
     element != element
 }
@@ -213,14 +216,17 @@ struct Extreme<const MAX: bool>;
 impl<C: Ordered, const MAX: bool> Fold<C> for Extreme<MAX> {
     type Acc = C;
     type Output = C;
+    const IS_ABREAST: bool = true;
+    const IS_CHOICE: bool = true;
+    #[inline(always)]
     fn empty(&self) -> C {
         if MAX { C::LOWEST } else { C::HIGHEST }
     }
     #[inline(always)]
     fn take(&self, acc: &mut C, element: C, _: usize) {
         let wins = if MAX { element > *acc } else { element < *acc };
-        // No branch, so that the loop around it uses vectors.
-        *acc = if wins | is_nan(element) { element } else { *acc };
+        // A choice, not a store on a condition, so that the loop around it uses vectors. Only NaN wins against NaN.
+        *acc = select_unpredictable(wins | is_nan(element), element, *acc);
     }
     #[inline(always)]
     fn join(&self, mut first: C, second: C) -> C {
@@ -572,3 +578,36 @@ pub(crate) const OPERATORS: &[Operator] = &[
         derivative: Derivative::Vjp(|c| of_norm(c, c.args.scalar(1)?.as_f64(), &dims_arg(c.args.ints_or_none(2)?))),
     },
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use farcall_device::{Device, Runtime};
+
+    use super::*;
+
+    #[test]
+    fn the_extreme_of_a_long_row_is_found_anywhere_and_nan_wins() {
+        let stream = Runtime::global().stream(Device::HOST).unwrap();
+        let extremes = |elements: &[f32]| {
+            let x = Tensor::from_slice(elements, &[elements.len()]).unwrap();
+            [amax(&x, &[], false, &stream).unwrap(), amin(&x, &[], false, &stream).unwrap()]
+                .map(|extreme| extreme.host().wait(Duration::from_secs(5)).unwrap().as_slice::<f32>().unwrap()[0])
+        };
+        // Shorter and longer than a block and than several abreast, with elements left over.
+        for len in [255, 256, 1024, 1300, 4096, 5000] {
+            let mut elements: Vec<f32> = (0..len).map(|index| (index % 7) as f32).collect();
+            for at in (0..len).step_by(61).chain([len - 1]) {
+                let before = elements[at];
+                for (element, expected) in [(9.0, [9.0, 0.0]), (-9.0, [6.0, -9.0])] {
+                    elements[at] = element;
+                    assert_eq!(extremes(&elements), expected, "{element} at {at} of {len}");
+                }
+                elements[at] = f32::NAN;
+                assert!(extremes(&elements).iter().all(|extreme| extreme.is_nan()), "NaN at {at} of {len}");
+                elements[at] = before;
+            }
+        }
+    }
+}

@@ -11,6 +11,8 @@ use crate::kernel::{BLOCK, CHUNK, Input, PARALLEL_MIN, for_each_part, map_parts,
 
 /// Elements of a row that are folded side by side, so that the compiler uses vectors and additions do not wait for each other.
 const LANES: usize = 16;
+/// As many for folds that choose: several blocks of choices become vectors only in a loop that is too long to be unrolled.
+const WIDE_LANES: usize = 128;
 /// Leaves that are folded side by side where elements are read as they are, and rows likewise: a processor reads the faster from several pages.
 const ABREAST: usize = 4;
 /// Rows that are folded one after the other, where results lie side by side.
@@ -22,6 +24,8 @@ pub(crate) trait Fold<C>: Sync {
     type Output: Pod + Send;
     /// Whether several blocks are folded side by side: where an element is taken by so little that reading it takes longer.
     const IS_ABREAST: bool = false;
+    /// Whether an element is chosen or not, rather than added.
+    const IS_CHOICE: bool = false;
     /// Before any element.
     fn empty(&self) -> Self::Acc;
     /// Takes the element at an index among those of the result.
@@ -130,7 +134,12 @@ fn rows<C: Pod, F: Fold<C>>(
             let (groups, _) = bytemuck::cast_slice::<u8, C>(elements).as_chunks::<{ ABREAST * BLOCK }>();
             for group in groups {
                 let blocks: [&[C]; ABREAST] = std::array::from_fn(|index| &group[index * BLOCK..(index + 1) * BLOCK]);
-                for leaf in leaves(by, blocks, start) {
+                let leaves = if F::IS_CHOICE {
+                    leaves::<C, F, ABREAST, WIDE_LANES>(by, blocks, start)
+                } else {
+                    leaves::<C, F, ABREAST, LANES>(by, blocks, start)
+                };
+                for leaf in leaves {
                     pairs.push(leaf, |a, b| by.join(a, b));
                 }
                 start += ABREAST * BLOCK;
@@ -156,12 +165,20 @@ fn rows<C: Pod, F: Fold<C>>(
 
 /// Folds elements by lanes, and the lanes in pairs.
 fn leaf<C: Pod, F: Fold<C>>(by: &F, elements: &[C], first: usize) -> F::Acc {
-    let [leaf] = leaves(by, [elements], first);
+    let [leaf] = if F::IS_CHOICE && elements.len() >= 2 * WIDE_LANES {
+        leaves::<C, F, 1, WIDE_LANES>(by, [elements], first)
+    } else {
+        leaves::<C, F, 1, LANES>(by, [elements], first)
+    };
     leaf
 }
 
 /// Folds several blocks, which are as long and follow each other, each as [`leaf`] does.
-fn leaves<C: Pod, F: Fold<C>, const COUNT: usize>(by: &F, blocks: [&[C]; COUNT], first: usize) -> [F::Acc; COUNT] {
+fn leaves<C: Pod, F: Fold<C>, const COUNT: usize, const LANES: usize>(
+    by: &F,
+    blocks: [&[C]; COUNT],
+    first: usize,
+) -> [F::Acc; COUNT] {
     let len = blocks[0].len();
     let whole = blocks.map(|block| &block.as_chunks::<LANES>().0[..len / LANES]);
     let mut lanes = with_vectors(
@@ -187,7 +204,7 @@ fn leaves<C: Pod, F: Fold<C>, const COUNT: usize>(by: &F, blocks: [&[C]; COUNT],
     lanes.map(|lanes| joined(by, lanes))
 }
 
-fn joined<C, F: Fold<C>>(by: &F, mut lanes: [F::Acc; LANES]) -> F::Acc {
+fn joined<C, F: Fold<C>, const LANES: usize>(by: &F, mut lanes: [F::Acc; LANES]) -> F::Acc {
     let mut width = LANES;
     while width > 1 {
         width /= 2;
