@@ -7,8 +7,8 @@
 
 use std::hint::black_box;
 
-use farcall::{Spin, StoreServer};
 use farcall::prelude::*;
+use farcall::{Spin, StoreServer};
 
 /// Gives the first element.
 #[farcall::function(name = "bench::first", inline)]

@@ -62,9 +62,9 @@ pub(crate) const TOOLS: &[Tool] = &[
 /// How long an example or a demo may take; each is meant to take seconds.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 
-/// Instructions of one inline call with a small tensor, both ends and all threads, in user space. Measured: 15,162. More
-/// needs a reason in the commit that raises it.
-const INSTRUCTIONS_MAX: u64 = 16_000;
+/// Instructions of one inline call with a small tensor, both ends and all threads, in user space, where nobody looks for work.
+/// Measured: 17,900 to 18,050. More needs a reason in the commit that raises it.
+const INSTRUCTIONS_MAX: u64 = 19_000;
 
 /// The time is for each of seven decoders.
 const FUZZ_STEP: &str = "fuzz --jobs 2 --seconds 60";

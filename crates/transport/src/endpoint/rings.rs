@@ -45,6 +45,7 @@ impl Bell {
         let mut bytes = [0; 64];
         for _ in 0..BELLS {
             let (progress, descriptor) = self.socket.socket().recv_with(&mut bytes, Wait::No).map_err(lost)?;
+            let more = descriptor.is_some() || progress == Progress::Bytes(bytes.len());
             if let Some(descriptor) = descriptor {
                 crate::frame::limit("descriptors without a frame", descriptors.len() as u64 + 1, self.descriptors_max)?;
                 descriptors.push_back(descriptor);
@@ -53,6 +54,10 @@ impl Bell {
                 Progress::Ended => return Ok(true),
                 Progress::WouldBlock => return Ok(false),
                 Progress::Bytes(len) => only_bells(&bytes[..len])?,
+            }
+            if !more {
+                // What is left will be told again.
+                return Ok(false);
             }
         }
         Ok(false)
