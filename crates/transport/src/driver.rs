@@ -426,7 +426,8 @@ impl Driver {
         close_all(rest);
         // Endpoints hold the driver: nobody comes to flush those that a late drop of a tensor has left here.
         let unflushed = std::mem::take(&mut *lock(&self.unflushed));
-        drop(unflushed);
+        let hot = std::mem::take(&mut *lock(&self.hot));
+        drop((unflushed, hot));
         let service = lock(&self.service).take();
         drop(service);
     }

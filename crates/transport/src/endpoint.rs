@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use farcall_device::{Slab, Storage};
+use farcall_device::{Slab, Storage, is_forked_child};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
@@ -125,6 +125,8 @@ pub struct Endpoint {
     ended: AtomicBool,
     /// The leader looks at the ring by itself (W3).
     pub(crate) hot: AtomicBool,
+    /// A caller reads the ring.
+    driven: AtomicBool,
     /// What callers that wait here have seen of spinning.
     spin: Seen,
     /// What the last heartbeat found in the rings.
@@ -240,6 +242,7 @@ impl Endpoint {
             read: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             hot: AtomicBool::new(false),
+            driven: AtomicBool::new(false),
             spin: Seen::new(driver.config().spin),
             signs: Mutex::default(),
             bulk_stalled: AtomicBool::new(false),
@@ -310,6 +313,10 @@ impl Endpoint {
         announce: Option<&[u8]>,
         flush: bool,
     ) -> Result<(), TransferError> {
+        if is_forked_child() {
+            // What this would write to is the parent's, and not mapped here.
+            return Err(TransferError::Closed { cause: Arc::new(CloseCause::LocalShutdown) });
+        }
         self.check_limits(outbound)?;
         if outbound.digests.is_some() && !self.has_digests.load(Ordering::Acquire) && self.cause.get().is_none() {
             let unknown = || WorkerId { name: "the peer".into(), rank: 0 };
@@ -391,7 +398,7 @@ impl Endpoint {
 
     /// Writes what was sent with [`Self::send_in`].
     pub(crate) fn flush(self: &Arc<Self>) {
-        if self.status() == Status::Open {
+        if self.status() == Status::Open && !is_forked_child() {
             let mut tx = lock(&self.tx);
             self.return_leases(&mut tx.wire);
             let written = self.write_control(&mut tx);
@@ -517,6 +524,11 @@ impl Endpoint {
         if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR)
             && let Ok(mut rx) = self.rx.try_lock()
         {
+            if let (Some(_), Some(bell)) = (&rx.ring, self.bell.get()) {
+                // A caller has read the socket's last frame meanwhile.
+                drop(rx);
+                return self.on_bell(bell, flags, turn);
+            }
             self.read_control(&mut rx, Wait::No, turn)?;
             let rings = rx.ring.is_some();
             drop(rx);
@@ -796,7 +808,9 @@ impl Endpoint {
         let Ok(mut rx) = self.rx.try_lock() else { return false };
         let mut turn = Turn::default();
         if rx.ring.is_some() {
+            self.driven.store(true, Ordering::Relaxed);
             let driven = self.drive_ring(&mut rx, &mut turn, done, deadline);
+            self.driven.store(false, Ordering::Relaxed);
             drop(rx);
             if let Err(cause) = driven.and_then(|()| self.leave_ring(&mut turn)) {
                 self.close(cause);
@@ -918,6 +932,10 @@ impl Endpoint {
         if let Some(rings) = self.rings.get() {
             // A count that the peer looks at: nobody is woken.
             rings.beat();
+            if self.bell.get().is_none() {
+                // The peer may not have them yet: this it sees.
+                self.ring_bell();
+            }
         }
         let Ok(mut tx) = self.tx.try_lock() else { return };
         let backlog = tx.wire.len() - tx.sent;
@@ -1019,11 +1037,14 @@ impl Endpoint {
             if before == Status::Open as u8 {
                 let mut tx = lock(&self.tx);
                 if self.write_control(&mut tx).is_ok() && tx.sent == tx.wire.len() {
-                    if tx.ring.is_some() {
-                        tx.wire.extend_from_slice(&goodbye);
-                        let _ = self.write_control(&mut tx);
-                    } else {
-                        let _ = write_greeting(self.control.socket(), &goodbye);
+                    match &mut tx.ring {
+                        Some((_, ring)) if ring.fits(goodbye.len()) => {
+                            tx.wire.extend_from_slice(&goodbye);
+                            let _ = self.write_control(&mut tx);
+                        }
+                        // Half a frame would be worse than none.
+                        Some(_) => {}
+                        None => drop(write_greeting(self.control.socket(), &goodbye)),
                     }
                 }
             } else if before == Status::Greeting as u8 && matches!(*cause, CloseCause::Auth(_)) {

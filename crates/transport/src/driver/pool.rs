@@ -37,6 +37,8 @@ const IDLE_EXIT: Duration = Duration::from_secs(5);
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 /// Finds in rings until the system is asked for events.
 const LOOKS: u32 = 32;
+/// A find that took so long is followed by that, too.
+const LONG_LOOK: Duration = Duration::from_micros(50);
 
 thread_local! {
     /// The driver whose job this thread runs.
@@ -52,6 +54,15 @@ pub(super) struct Pool {
     pub(super) threads: HashSet<thread::ThreadId>,
     pub(super) led: bool,
     pub(super) stop: bool,
+}
+
+/// Foreign code runs on this thread, too (see `dispatch_guarded`): should it panic, the connection ends, which is something to do.
+fn guarded(endpoint: &Arc<Endpoint>, serve: impl FnOnce() -> bool) -> bool {
+    catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
+        crate::limited!(error, "a panic while a connection was served; it is closed");
+        endpoint.close(CloseCause::PeerLost { source: None });
+        true
+    })
 }
 
 impl Driver {
@@ -113,7 +124,6 @@ impl Driver {
             let backlog = {
                 let pool = lock(&self.pool);
                 if pool.stop {
-                    lock(&self.hot).clear();
                     return;
                 }
                 self.may_run(&pool)
@@ -183,7 +193,8 @@ impl Driver {
         if self.look_at_hot(began, turn) {
             self.sleeping_until_us.store(0, Ordering::SeqCst);
             // Sockets and timers have their turn, too.
-            if self.looks.fetch_add(1, Ordering::Relaxed) % LOOKS != LOOKS - 1 {
+            let long = began.is_some_and(|began| began.elapsed() > LONG_LOOK);
+            if !long && self.looks.fetch_add(1, Ordering::Relaxed) % LOOKS != LOOKS - 1 {
                 return;
             }
             timeout = Some(NOW);
@@ -221,24 +232,22 @@ impl Driver {
     /// Looks at the rings in which something came lately: for a while from `idle` on, if there is nothing else to do. Whether
     /// there was something.
     fn look_at_hot(self: &Arc<Self>, idle: Option<Instant>, turn: &mut Turn) -> bool {
-        let hot = std::mem::take(&mut *lock(&self.hot));
+        let mut hot = std::mem::take(&mut *lock(&self.hot));
         if hot.is_empty() {
             return false;
         }
-        let any = || hot.iter().any(|endpoint| endpoint.has_ring_bytes());
+        let any = || hot.iter().any(|endpoint| endpoint.wants_leader());
         let pays = || !hot.iter().any(|endpoint| endpoint.shares_processor());
-        let found = any() || idle.is_some_and(|began| pays() && self.spin.look(began, any));
-        if found {
-            if let Some(began) = idle {
-                self.spin.waited(began);
-            }
-            for endpoint in hot.iter().filter(|endpoint| endpoint.has_ring_bytes()) {
-                if catch_unwind(AssertUnwindSafe(|| endpoint.look_at_ring(turn))).is_err() {
-                    crate::limited!(error, "a panic while a connection was served; it is closed");
-                    endpoint.close(CloseCause::PeerLost { source: None });
-                }
+        let mut found = false;
+        if any() || idle.is_some_and(|began| pays() && self.spin.look(began, any)) {
+            for endpoint in hot.iter().filter(|endpoint| endpoint.wants_leader()) {
+                found |= guarded(endpoint, || endpoint.look_at_ring(turn));
             }
         }
+        if let (Some(began), true) = (idle, found) {
+            self.spin.waited(began);
+        }
+        hot.retain(|endpoint| endpoint.closed().is_none());
         lock(&self.hot).extend(hot);
         found
     }
@@ -248,10 +257,21 @@ impl Driver {
         let hot = std::mem::take(&mut *lock(&self.hot));
         let mut found = false;
         for endpoint in hot {
-            found |= endpoint.has_ring_bytes();
-            endpoint.cool(turn);
+            found |= endpoint.wants_leader();
+            guarded(&endpoint, || {
+                endpoint.cool(turn);
+                false
+            });
         }
-        found || !turn.is_empty()
+        // Some may be hot again, as more has come than could be read.
+        found || !turn.is_empty() || !lock(&self.hot).is_empty()
+    }
+
+    /// A ring is the leader's now.
+    pub(crate) fn rouse_leader(&self) {
+        if self.sleeping_until_us.load(Ordering::SeqCst) != 0 {
+            self.wake_leader();
+        }
     }
 
     /// The leader has something to do with the ring of `endpoint`, and looks at it by itself until it has had nothing to do.

@@ -10,10 +10,11 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Instant;
 
 use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
 
 use super::{Endpoint, Rx, Status, Tx, lock, lost};
 use crate::driver::{Registration, Turn};
@@ -27,6 +28,8 @@ use crate::{CloseCause, ProtocolError, tcp};
 const BATCH_BYTES: usize = 32 << 10;
 /// Batches until others have their turn.
 const BATCHES: usize = 8;
+/// Batches that come while a ring is left, until it is the leader's.
+const LEAVING_BATCHES: usize = 2;
 /// Reads of the socket until others have theirs.
 const BELLS: usize = 16;
 
@@ -44,7 +47,10 @@ impl Bell {
         let mut descriptors = lock(&self.descriptors);
         let mut bytes = [0; 64];
         for _ in 0..BELLS {
-            let (progress, descriptor) = self.socket.socket().recv_with(&mut bytes, Wait::No).map_err(lost)?;
+            // A reset is an end like another: what lies in the ring came before it.
+            let Ok((progress, descriptor)) = self.socket.socket().recv_with(&mut bytes, Wait::No) else {
+                return Ok(true);
+            };
             let more = descriptor.is_some() || progress == Progress::Bytes(bytes.len());
             if let Some(descriptor) = descriptor {
                 crate::frame::limit("descriptors without a frame", descriptors.len() as u64 + 1, self.descriptors_max)?;
@@ -150,9 +156,12 @@ impl Endpoint {
                 if *at == *taken {
                     let descriptor =
                         slab.fd().map_err(|error| CloseCause::PeerLost { source: Some(Arc::new(error)) })?;
-                    match self.control.socket().send_with(&[0], descriptor).map_err(lost)? {
-                        Progress::Bytes(1..) => drop(passing.pop_front()),
-                        _ => {
+                    match self.control.socket().send_with(&[0], descriptor) {
+                        Ok(Progress::Bytes(1..)) => drop(passing.pop_front()),
+                        // The end is told by who reads the ring: something may lie there still.
+                        Err(Errno::PIPE | Errno::CONNRESET) => break,
+                        Err(error) => return Err(lost(error)),
+                        Ok(_) => {
                             bell_fits = false;
                             break;
                         }
@@ -172,15 +181,24 @@ impl Endpoint {
         if wakes {
             self.took.store(self.driver.beats(), Ordering::Relaxed);
             if ring.wake() == Sleeper::Driver {
-                self.ring_bell()?;
+                self.ring_bell();
             }
         }
         Ok(bell_fits)
     }
 
-    /// Wakes the peer's driver. A socket that is full of such bytes wakes it, too.
-    fn ring_bell(&self) -> Result<(), CloseCause> {
-        self.control.socket().send(&[IoSlice::new(&[0])]).map(drop).map_err(lost)
+    /// Wakes the peer's driver. A socket that is full of such bytes wakes it, too; one that has ended is told by reading.
+    pub(super) fn ring_bell(&self) {
+        let _ = self.control.socket().send(&[IoSlice::new(&[0])]);
+    }
+
+    /// The peer waits for room, and there is some. It must not hear of it in the midst of frames that still go by the socket: after
+    /// the last of these it looks by itself.
+    fn tell_of_room(&self) {
+        let tx = lock(&self.tx);
+        if tx.ring.as_ref().is_some_and(|(from, _)| tx.taken >= *from) {
+            self.ring_bell();
+        }
     }
 
     /// The socket is ready, of a connection with rings.
@@ -212,6 +230,11 @@ impl Endpoint {
         })
     }
 
+    /// The same, and no caller reads them.
+    pub(crate) fn wants_leader(&self) -> bool {
+        self.has_ring_bytes() && !self.driven.load(Ordering::Relaxed)
+    }
+
     /// Whether who would write the ring needs this thread's processor for it.
     pub(crate) fn shares_processor(&self) -> bool {
         self.rings.get().is_some_and(|rings| rings.shares_processor())
@@ -227,12 +250,17 @@ impl Endpoint {
 
     fn look(self: &Arc<Self>, turn: &mut Turn) -> Result<bool, CloseCause> {
         let mut found = false;
-        let Ok(mut rx) = self.rx.try_lock() else {
-            if let (Some(rings), true) = (self.rings.get(), self.ended.load(Ordering::SeqCst)) {
-                // Whoever sleeps on it reads what is left, and closes.
-                rings.rouse();
+        let mut rx = match self.rx.try_lock() {
+            Ok(rx) => rx,
+            // Foreign code has panicked where it held it: what it was about to read is lost.
+            Err(TryLockError::Poisoned(_)) => return Err(CloseCause::PeerLost { source: None }),
+            Err(TryLockError::WouldBlock) => {
+                if let (Some(rings), true) = (self.rings.get(), self.ended.load(Ordering::SeqCst)) {
+                    // Whoever sleeps on it reads what is left, and closes.
+                    rings.rouse();
+                }
+                return Ok(false);
             }
-            return Ok(false);
         };
         if rx.ring.is_some() {
             self.driver.heat(self);
@@ -263,8 +291,8 @@ impl Endpoint {
         buffer.resize(BATCH_BYTES, 0);
         let read = ring.read(&mut buffer).map_err(CloseCause::from).and_then(|(len, room)| {
             self.read.fetch_add(len as u64, Ordering::Relaxed);
-            if room && !ended {
-                self.ring_bell()?;
+            if room {
+                self.tell_of_room();
             }
             self.on_bytes(rx, Progress::Bytes(len), &buffer[..len], turn)
         });
@@ -273,8 +301,10 @@ impl Endpoint {
         read.map(|()| true)
     }
 
-    /// To be called by whoever has let go of `rx` (W3).
+    /// To be called by whoever has let go of `rx` (W3). What has come meanwhile is read; if more comes all the time, it is the
+    /// leader's.
     pub(super) fn leave_ring(self: &Arc<Self>, turn: &mut Turn) -> Result<(), CloseCause> {
+        let mut batches = 0;
         loop {
             fence(Ordering::SeqCst);
             if self.hot.load(Ordering::Relaxed) || self.cause.get().is_some() {
@@ -284,6 +314,13 @@ impl Endpoint {
             let Ok(mut rx) = self.rx.try_lock() else { return Ok(()) };
             let Some(ring) = &rx.ring else { return Ok(()) };
             if !ring.leave() || self.ended.load(Ordering::SeqCst) {
+                if batches == LEAVING_BATCHES {
+                    self.driver.heat(self);
+                    drop(rx);
+                    self.driver.rouse_leader();
+                    return Ok(());
+                }
+                batches += 1;
                 self.read_ring(&mut rx, turn)?;
                 continue;
             }
@@ -319,6 +356,9 @@ impl Endpoint {
             if self.read_ring(rx, turn)? {
                 self.driver.finish_turn(turn);
                 began.take().inspect(|began| self.spin.waited(*began));
+                if Instant::now() >= deadline {
+                    break;
+                }
                 continue;
             }
             let now = Instant::now();
@@ -332,9 +372,7 @@ impl Endpoint {
             if left.is_zero() {
                 break;
             }
-            if self.cause.get().is_none() && !self.ended.load(Ordering::SeqCst) {
-                ring.sleep(left.min(tcp::RECV_TICK));
-            }
+            ring.sleep(left.min(tcp::RECV_TICK), || self.cause.get().is_some() || self.ended.load(Ordering::SeqCst));
         }
         Ok(())
     }

@@ -21,15 +21,18 @@ fn is_allowed(bytes: &[u8; HEADER_BYTES]) -> bool {
     let limits = limits();
     let at = |offset, len| number(bytes, offset, len);
     let tensors = at(28, 2);
+    // Of 64 KiB each, and of the rest of each tensor.
+    let digests = if tensors > 0 { limits.tensor_bytes_max.div_ceil(64 << 10) + tensors } else { 0 };
     let payload_max = if bytes[5] == Kind::Chunk as u8 { limits.chunk_bytes_max } else { limits.inline_bytes_max };
     bytes.starts_with(b"FCL1\x01")
         && matches!(bytes[5], 1..=15 | 20 | 21)
-        && at(6, 2) == 0
+        // A request may ask for digests.
+        && at(6, 2) <= u64::from(bytes[5] == 4)
         && at(56, 8) == 0
         && at(20, 4) <= limits.metadata_bytes_max
         && tensors <= limits.tensors_max
-        // 48 bytes and 16 dimensions with a size and a stride each.
-        && (tensors * 48..=tensors * (48 + 16 * 16)).contains(&at(24, 4))
+        // 48 bytes and 16 dimensions with a size and a stride each; digests of 8 bytes.
+        && (tensors * 48..=tensors * (48 + 16 * 16) + 8 * digests).contains(&at(24, 4))
         && at(30, 2) <= limits.extension_bytes_max
         && at(32, 8) <= payload_max
 }

@@ -254,6 +254,12 @@ impl RingWriter {
         Ok(self.tail - self.head < RING_BYTES as u64)
     }
 
+    /// Whether so many bytes can be written at once.
+    pub(crate) fn fits(&self, len: usize) -> bool {
+        let head = self.rings.lane(true).head(self.tail, RING_BYTES as u64);
+        head.is_ok_and(|head| RING_BYTES - (self.tail - head) as usize >= len)
+    }
+
     /// After the last [`Self::write`] of several: wakes a thread that sleeps, or says that the driver does.
     pub(crate) fn wake(&mut self) -> Sleeper {
         let lane = self.rings.lane(true);
@@ -277,7 +283,7 @@ impl RingWriter {
         let idle = std::mem::replace(&mut self.looked_at, self.tail) == self.tail;
         self.idle_beats = if idle { self.idle_beats.saturating_add(1) } else { 0 };
         // None are left to give, but for the few that little traffic has taken since.
-        let given = self.released > 0 && self.tail - self.released <= PAGE_BYTES as u64;
+        let given = self.released > 0 && self.tail.saturating_sub(self.released) <= PAGE_BYTES as u64;
         if self.idle_beats < IDLE_BEATS || given {
             return;
         }
@@ -338,10 +344,13 @@ impl RingReader {
         self.rings.lane(false).sleep(lane::DRIVER, self.head)
     }
 
-    /// Sleeps on the ring until there are bytes, [`Rings::rouse`] or `timeout`.
-    pub(crate) fn sleep(&self, timeout: Duration) {
+    /// Sleeps on the ring until there are bytes, [`Rings::rouse`] or `timeout`. Not if `over`: whoever makes it so rouses then.
+    pub(crate) fn sleep(&self, timeout: Duration, over: impl FnOnce() -> bool) {
         let lane = self.rings.lane(false);
         if lane.sleep(lane::THREAD, self.head) {
+            if over() {
+                return lane.wake();
+            }
             let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
             let _ = futex::wait(lane.word(), Flags::empty(), lane::THREAD, Some(&timeout));
             lane.wake();
@@ -413,6 +422,14 @@ mod tests {
         assert!(buffer.iter().all(|byte| *byte == 9));
     }
 
+    /// Of a side that has sent nothing yet.
+    #[test]
+    fn pages_of_a_ring_that_was_never_used_go_back_once() {
+        let (mut writer, _) = ends();
+        (0..3 * IDLE_BEATS).for_each(|_| writer.release_idle_pages());
+        assert_eq!(blocks(&writer), (FILE_BYTES - RING_BYTES) as i64 / 512);
+    }
+
     #[test]
     fn a_thread_that_sleeps_is_woken_and_the_driver_is_left_to_the_socket() {
         let (mut writer, reader) = ends();
@@ -424,7 +441,7 @@ mod tests {
         let (mut writer, mut reader) = ends();
         let sleeper = std::thread::spawn(move || {
             while reader.is_empty() {
-                reader.sleep(Duration::from_secs(60));
+                reader.sleep(Duration::from_secs(60), || false);
             }
             reader.read(&mut [0; 8]).unwrap().0
         });
