@@ -8,14 +8,13 @@
 //! The copy is one thread's, of (bytes read + bytes
 //! written) / 2, in one piece, between memory of the same kind: slabs, which have small pages. Operators use all processors
 //! (`RAYON_NUM_THREADS` says otherwise). Results go back to the pool, so neither side pays for fresh pages.
-//! Figures (2 processors of a Xeon of 2.8 GHz in a virtual machine, small pages; ratio of wall time, then cost; 2026-11-21, at a load of 2.6
-//! to 3, so that an operator often had but one of the processors while the copy had the other):
-//! fill 1.01 and 1.2, copy 0.76 and 1.1, rows of a view 1.20 and 1.8, transposed 1.48 and 2.3, f32 to bf16 1.55 and 2.3, back 1.23 and
-//! 1.9, f32 to f16 1.13 and 1.9, back 1.20 and 1.8, u8 to f32 1.27 and 2.0, add 0.95 and 1.7, by a number 0.99 and 1.8, a row to a
-//! matrix 1.39 and 2.3, div 0.96 and 1.7, neg 1.15 and 1.8, relu 1.05 and 1.8, sqrt 1.24 and 2.0, lt 1.10 and 1.9, where 0.98 and 1.7,
-//! sum 1.35 and 1.9, of rows 1.33 and 2.0, of columns 1.58 and 2.2, max 2.18 and 2.3, norm 1.68 and 1.9, cat 1.55 and 1.7, SGD 1.20 and
-//! 1.3, Adam 1.24 and 1.3. Where ratio and cost are nearly the same, one processor did all: alone, max was 1.29 and 2.4. Of those that
-//! arithmetic bounds: f32 to f8e4m3 2.4, add of bf16 1.6, argmax of rows 10.9.
+//! Figures (2 processors of a Xeon of 2.8 GHz in a virtual machine, small pages; ratio of wall time, then cost; 2026-11-21, nothing else
+//! running): fill 0.66 and 1.2, copy 0.77 and 1.1, rows of a view 0.91 and 1.7, transposed 1.14 and 1.9, f32 to bf16 1.07 and 2.1, back
+//! 0.89 and 1.6, f32 to f16 1.11 and 1.9, back 1.15 and 2.0, u8 to f32 1.37 and 2.0, add 0.82 and 1.5, by a number 1.00 and 1.9, a row
+//! to a matrix 1.32 and 2.3, div 1.04 and 1.9, neg 1.08 and 1.7, relu 1.06 and 1.9, sqrt 1.08 and 1.9, lt 1.03 and 1.9, where 0.93 and 1.7,
+//! sum 1.20 and 2.1, of rows 1.22 to 1.90 in four runs and 2.2, of columns 1.23 and 2.3, max 1.46 to 1.66 in four runs and 2.4, norm 1.17
+//! and 2.0, cat 0.88 and 1.7, SGD 0.71 and 1.3, Adam 0.77 and 1.4; matmul 1.04 of gemm, first transposed 0.90. Of those that arithmetic
+//! bounds: f32 to f8e4m3 2.3, add of bf16 2.1, argmax of rows 8.0.
 //! Run: `cargo run --release -p farcall-benches --bin ops`, with a word behind `--` for the operators that it is in. Wall time is for a quiet machine: read the ratios.
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 
