@@ -19,7 +19,10 @@ fn for_both(run: impl Fn(&farcall::To<'_>)) {
     for to in ["w1", "w0"] {
         run(&group.agents[0].to(to));
     }
-    assert_eq!(group.agents[0].in_flight(), 0);
+    // Whose waiter has seen its deadline, the driver's timer ends.
+    while group.agents[0].in_flight() > 0 {
+        std::thread::yield_now();
+    }
     group.shutdown();
 }
 
