@@ -216,8 +216,11 @@ fn replies_for_one_parameter_do_not_mix() {
                 let calls: Vec<_> =
                     (0..8).map(|seed| group.agents[0].to("w1").call(pattern, (1 << 20, seed)).into(&param)).collect();
                 let seen = Arc::new(param.clone());
-                let reader =
-                    std::thread::spawn(move || seen.value().to_vec::<u8>().expect("whole, whenever it is asked for"));
+                let reader = std::thread::spawn(move || {
+                    // On a stream that runs when it likes, a value is there before its bytes are.
+                    let value = seen.value().host().wait(Duration::from_secs(20)).expect("ready soon");
+                    value.to_vec::<u8>().expect("whole, whenever it is asked for")
+                });
                 for call in calls {
                     drop(call.wait().expect("a reply"));
                 }
