@@ -902,14 +902,20 @@ impl Endpoint {
                 self.heard.store(beat.wrapping_sub(1), Ordering::Relaxed);
             }
         }
-        let unread = self.control.socket().unread_bytes().unwrap_or(0);
+        // Beside rings the socket brings bells alone, of bytes that are counted already: later, they would count twice.
+        let bells = self.bell.get().is_some();
+        let unread = if bells { 0 } else { self.control.socket().unread_bytes().unwrap_or(0) };
         if unread > self.unread.swap(unread, Ordering::Relaxed) || unread >= FULL_BYTES {
             self.heard.store(beat, Ordering::Relaxed);
         }
         if beat.wrapping_sub(self.heard.load(Ordering::Relaxed)) < BEATS_MISSED {
             return None;
         }
-        let ended = unread == 0 && !self.has_ring_bytes() && self.has_unread();
+        let ended = if bells {
+            self.ended.load(Ordering::Relaxed)
+        } else {
+            unread == 0 && !self.has_ring_bytes() && self.has_unread()
+        };
         Some(if ended {
             CloseCause::PeerLost { source: None }
         } else {
