@@ -4,6 +4,7 @@
 //! the thread that sends; what the socket does not take leaves with the driver. Frames come in under `rx`: the driver's
 //! leader reads when epoll says so, and a caller that blocks for its reply takes the role (and the socket's place in
 //! the epoll set) for as long as it waits.
+//! Between near workers frames go by rings of shared memory once both sides have them, and the socket wakes (`endpoint::rings`).
 //! Invariant D1: only the holder of `rx` reads the control connection, so frames are seen in the order sent.
 //! Invariant E1: `close` runs once; every waiter hears of it through [`Peer::on_closed`].
 //! Invariant R1: payload above the inline limit travels on the bulk connection, in chunks taken from its transfers in
@@ -11,8 +12,8 @@
 //! Invariant LIMITS: answers that a peer does not take keep their calls' places in its window; if much waits for it and it takes
 //! nothing for as long as it may be silent, it is lost. (Not reading such a peer would be no answer: two that wait for each other
 //! to read would do so for ever.)
-//! Invariant BOUNDED: each side sends a ping with every heartbeat of its own, whatever else it does or computes; a peer of which
-//! nothing was heard for four of them, on either connection, is lost.
+//! Invariant BOUNDED: each side sends a ping (beside rings: counts in their page) with every heartbeat of its own, whatever else it
+//! does or computes; a peer of which nothing was heard for four of them, on either connection, is lost.
 //! Lock order: `rx` → (`transfers`, `bulk_rx`) and `tx` → `bulk`; `interest` is innermost.
 
 mod bulk;
