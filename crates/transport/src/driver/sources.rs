@@ -83,7 +83,7 @@ pub(super) struct RegistrationInner {
 }
 
 impl Registration {
-    pub(super) fn new(token: u64, socket: Socket) -> Self {
+    pub(crate) fn new(token: u64, socket: Socket) -> Self {
         let kept = match &socket {
             Socket::System(socket) => Some(Kept::new(socket)),
             Socket::Simulated(_) => None,

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Instant;
 
@@ -39,9 +39,15 @@ pub(super) struct Bell {
     /// Of slabs whose frames were not read yet.
     descriptors: Mutex<VecDeque<OwnedFd>>,
     descriptors_max: u64,
+    /// Who reads the ring has read the socket, too: what told of room may be among it.
+    overheard: AtomicBool,
 }
 
 impl Bell {
+    fn new(socket: Registration, descriptors_max: u64) -> Self {
+        Self { socket, descriptors: Mutex::default(), descriptors_max, overheard: AtomicBool::new(false) }
+    }
+
     /// Reads what has come; whether the connection has ended.
     fn listen(&self) -> Result<bool, CloseCause> {
         let mut descriptors = lock(&self.descriptors);
@@ -75,6 +81,7 @@ impl Bell {
         first.or_else(|| {
             // What is wrong with the socket, the driver will find.
             drop(self.listen());
+            self.overheard.store(true, Ordering::Relaxed);
             lock(&self.descriptors).pop_front()
         })
     }
@@ -132,8 +139,7 @@ impl Endpoint {
         let Some(rings) = self.rings.get() else { unreachable!("set by either side") };
         rx.ring = Some(RingReader::new(rings));
         let descriptors_max = self.driver.config().limits.slabs_max as u64;
-        let bell = Bell { socket: self.control.clone(), descriptors: Mutex::default(), descriptors_max };
-        let bell = Arc::new(bell);
+        let bell = Arc::new(Bell::new(self.control.clone(), descriptors_max));
         let source = Arc::clone(&bell);
         rx.receiver.take_descriptors_from(Box::new(move || source.descriptor()));
         // From now on the socket is the driver's, whoever reads the ring.
@@ -212,14 +218,14 @@ impl Endpoint {
                 self.driver.remove(&self.control);
             }
         }
-        {
-            // There may be room.
-            let mut tx = lock(&self.tx);
-            if tx.sent < tx.wire.len() && self.status() == Status::Open {
-                self.write_control(&mut tx)?;
-            }
-        }
+        self.write_backlog()?;
         self.look(turn).map(drop)
+    }
+
+    /// There may be room.
+    fn write_backlog(&self) -> Result<(), CloseCause> {
+        let mut tx = lock(&self.tx);
+        if tx.sent < tx.wire.len() && self.status() == Status::Open { self.write_control(&mut tx) } else { Ok(()) }
     }
 
     /// Whether the ring has bytes that nobody has read yet, or none will follow.
@@ -298,7 +304,11 @@ impl Endpoint {
         });
         // Another, if a handler has read on this thread meanwhile, is let go.
         BUFFER.set(buffer);
-        read.map(|()| true)
+        read?;
+        if self.bell.get().is_some_and(|bell| bell.overheard.swap(false, Ordering::Relaxed)) {
+            self.write_backlog()?;
+        }
+        Ok(true)
     }
 
     /// To be called by whoever has let go of `rx` (W3). What has come meanwhile is read; if more comes all the time, it is the
@@ -383,5 +393,28 @@ pub(super) fn ended_with(receiver: &Receiver) -> CloseCause {
     match receiver.missing_bytes() {
         0 => CloseCause::PeerLost { source: None },
         missing_bytes => ProtocolError::TruncatedFrame { missing_bytes }.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// A side whose ring was full stayed silent when the other read its word of room while it looked for a slab's descriptor.
+    #[test]
+    fn who_reads_the_socket_for_a_descriptor_sees_to_what_waits_for_room() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let [ours, theirs] = [ours, theirs].map(|end| socket2::Socket::from(OwnedFd::from(end)));
+        let bell = Bell::new(Registration::new(0, ours.into()), 8);
+        assert_eq!(tcp::send_with(&theirs, &[0], theirs.as_fd()), Ok(Progress::Bytes(1)));
+        tcp::send(&theirs, &[IoSlice::new(&[0])]).unwrap();
+        assert!(bell.descriptor().is_some());
+        assert!(bell.overheard.swap(false, Ordering::Relaxed));
+        // One that the driver has read already is no reason to look.
+        assert_eq!(tcp::send_with(&theirs, &[0], theirs.as_fd()), Ok(Progress::Bytes(1)));
+        assert!(!bell.listen().unwrap());
+        assert!(bell.descriptor().is_some() && !bell.overheard.load(Ordering::Relaxed));
     }
 }
