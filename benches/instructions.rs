@@ -2,9 +2,11 @@
 //!
 //! Runs the given number of calls between two agents; `cargo xtask callgrind` counts two numbers of calls and divides
 //! the difference, so that start and end cancel out. User space only: the kernel's share is in `calls`.
-//! Run: `cargo run --release -p farcall-benches --bin instructions -- 1000`.
+//! With a second number, calls of integers, that many outstanding: what a call costs that shares its wake-ups with others.
+//! Run: `cargo run --release -p farcall-benches --bin instructions -- 1000 [64]`.
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 
+use std::collections::VecDeque;
 use std::hint::black_box;
 
 use farcall::prelude::*;
@@ -16,8 +18,15 @@ fn first(x: Tensor) -> farcall::Result<f32> {
     Ok(x.as_slice::<f32>()?[0])
 }
 
+/// Adds one.
+#[farcall::function(name = "bench::next", inline)]
+fn next(x: u64) -> u64 {
+    x + 1
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let calls: usize = std::env::args().nth(1).ok_or("how many calls?")?.parse()?;
+    let outstanding = std::env::args().nth(2).map_or(Ok(0), |text| text.parse())?;
     let store = StoreServer::bind("127.0.0.1:0")?;
     let address = store.address().to_string();
     let join = move |rank| {
@@ -32,8 +41,23 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let caller = join(0)?;
     let callee = callee.join().map_err(|_| "the callee panicked")??;
     let x = Tensor::from_slice(&[1.5_f32, 2.0, 3.0, 4.0], &[4])?;
-    for _ in 0..calls {
-        black_box(caller.to("w1").call(first, (&x,)).wait()?);
+    if outstanding == 0 {
+        for _ in 0..calls {
+            black_box(caller.to("w1").call(first, (&x,)).wait()?);
+        }
+    } else {
+        let mut waiting = VecDeque::new();
+        for at in 0..calls as u64 {
+            waiting.push_back(caller.to(1).call(next, (at,)));
+            if waiting.len() == outstanding
+                && let Some(oldest) = waiting.pop_front()
+            {
+                black_box(oldest.wait()?);
+            }
+        }
+        for reply in waiting {
+            black_box(reply.wait()?);
+        }
     }
     println!("{calls} calls");
     let leaving = std::thread::spawn(move || callee.shutdown_blocking());

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use farcall::__private::Handler;
+use farcall::__private::{FunctionCell, Handler};
 use farcall::device::CodecError;
 use farcall::prelude::*;
 use farcall::transport::TransferError;
@@ -31,6 +31,10 @@ macro_rules! other_build {
             })?
             fn handler() -> Handler {
                 unreachable!("only called, never served")
+            }
+            fn cell() -> &'static FunctionCell {
+                static CELL: FunctionCell = FunctionCell::new();
+                &CELL
             }
         }
     };

@@ -16,7 +16,7 @@ use super::raw::{
 };
 use crate::harness::{bounded, step};
 
-const RING: u64 = 64 << 10;
+const RING: u64 = 128 << 10;
 const LEN: u64 = 4096 + 2 * RING;
 /// Of a lane: the words, from its start.
 const TAIL: u64 = 0;

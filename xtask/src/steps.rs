@@ -63,8 +63,8 @@ pub(crate) const TOOLS: &[Tool] = &[
 const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 
 /// Instructions of one inline call with a small tensor, both ends and all threads, in user space, where nobody looks for work.
-/// Measured: 17,900 to 18,050. More needs a reason in the commit that raises it.
-const INSTRUCTIONS_MAX: u64 = 19_000;
+/// Measured: 16,700. More needs a reason in the commit that raises it.
+const INSTRUCTIONS_MAX: u64 = 17_500;
 
 /// The time is for each of seven decoders.
 const FUZZ_STEP: &str = "fuzz --jobs 2 --seconds 60";

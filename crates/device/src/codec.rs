@@ -13,6 +13,7 @@
 )]
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::fmt;
 
 use serde::de::{DeserializeOwned, Error as _};
@@ -125,9 +126,40 @@ pub struct Encoded {
 /// # Errors
 /// [`CodecError::TooDeep`] and the other limits; [`CodecError::Custom`] from the type's own `Serialize`.
 pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Encoded, CodecError> {
-    let mut encoded = Encoded::default();
+    let mut encoded = Encoded { metadata: spare_buffer(), tensors: Vec::new() };
     encode_into(value, &mut encoded.metadata, &mut encoded.tensors)?;
     Ok(encoded)
+}
+
+thread_local! {
+    /// Buffers that this thread has done with.
+    static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How many small buffers a thread keeps, and how many bytes they may have: a burst of calls allocates once.
+const SPARE_MAX: usize = 2048;
+const SPARE_BYTES_MAX: usize = 256;
+
+/// An empty buffer for [`Encoded::metadata`], one of [`recycle`] if there is one.
+#[must_use]
+pub fn spare_buffer() -> Vec<u8> {
+    // A thread that ends has none.
+    SPARE.try_with(|spare| spare.try_borrow_mut().ok()?.pop()).ok().flatten().unwrap_or_default()
+}
+
+/// Keeps a small buffer for this thread's next [`encode`].
+pub fn recycle(mut buffer: Vec<u8>) {
+    if buffer.capacity() == 0 || buffer.capacity() > SPARE_BYTES_MAX {
+        return;
+    }
+    buffer.clear();
+    let _ = SPARE.try_with(|spare| {
+        if let Ok(mut spare) = spare.try_borrow_mut()
+            && spare.len() < SPARE_MAX
+        {
+            spare.push(buffer);
+        }
+    });
 }
 
 /// Encodes `value` at the end of both buffers, whose memory is reused.

@@ -55,6 +55,6 @@ pub mod bench_page {}
 /// What `#[farcall::function]` expands to; not for programs.
 #[doc(hidden)]
 pub mod __private {
-    pub use farcall_rpc::{Call, Function, Handler, Outcome, Registration, inventory};
+    pub use farcall_rpc::{Call, Function, FunctionCell, Handler, Outcome, Registration, inventory};
     pub use farcall_schema::fields;
 }

@@ -174,6 +174,10 @@ impl<'a> Handler<'a> {
                 fn handler() -> ::farcall::__private::Handler {
                     #handler
                 }
+                fn cell() -> &'static ::farcall::__private::FunctionCell {
+                    static CELL: ::farcall::__private::FunctionCell = ::farcall::__private::FunctionCell::new();
+                    &CELL
+                }
             }
 
             #(#configured)*

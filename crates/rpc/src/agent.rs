@@ -1,11 +1,9 @@
 //! The agent: holds this worker's endpoints, carries out calls, and is what handlers and callers talk to.
 
-use std::any::TypeId;
 use std::collections::HashMap;
 use std::fmt;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use farcall_device::codec::encode;
@@ -20,12 +18,13 @@ use serde::Serialize;
 use tokio::runtime::{EnterGuard, Handle};
 
 use crate::builtin::{Builtin, Unresolved};
-use crate::call::{Origin, Reply, Slot, lock};
+use crate::call::{Here, Reply, Slot, lock};
 use crate::context::Call;
 use crate::error::Stage;
 use crate::function::{Args, Function};
+use crate::interned::{self, Interned};
 use crate::join::{Group, Options};
-use crate::link::{Announcement, Link, SameTypes, call_error, resolve, run};
+use crate::link::{Announcement, Connection, Link, SameTypes, Sent, call_error, resolve, run};
 use crate::lives::LookUps;
 use crate::registry::{FunctionKind, Registry};
 use crate::scope::Scope;
@@ -37,50 +36,6 @@ use crate::{CallError, CallId, DeviceMap};
 const DROP_WAIT: Duration = Duration::from_millis(200);
 /// Threads of the runtime for async handlers.
 const ASYNC_THREADS: usize = 2;
-
-/// A function's id on every connection of this agent, and what announces it.
-pub(crate) struct Interned {
-    pub(crate) id: u32,
-    pub(crate) announcement: Arc<[u8]>,
-}
-
-/// For keys that are hashes themselves, as a type's id is.
-#[derive(Default)]
-struct AsItIs(u64);
-
-impl Hasher for AsItIs {
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-/// The functions that this agent has called.
-#[derive(Default)]
-struct Interning {
-    by_type: HashMap<TypeId, Arc<Interned>, BuildHasherDefault<AsItIs>>,
-    builtins: HashMap<&'static str, Arc<Interned>>,
-}
-
-impl Interning {
-    /// What stands for `callee` from now on.
-    fn number(&self, callee: &Callee) -> Arc<Interned> {
-        let id = (self.by_type.len() + self.builtins.len()) as u32;
-        let types = (callee.types)();
-        let announcement = match postcard::to_stdvec(&callee.announcement(&types)) {
-            Ok(bytes) => bytes.into(),
-            Err(error) => unreachable!("strings always encode: {error}"),
-        };
-        Arc::new(Interned { id, announcement })
-    }
-}
 
 /// What is called.
 #[derive(Clone, Copy)]
@@ -97,11 +52,15 @@ impl Callee {
         Self { kind: FunctionKind::User, name: F::NAME, signature: F::SIGNATURE, types: F::types }
     }
 
-    fn builtin(builtin: &Builtin) -> Self {
+    pub(crate) fn builtin(builtin: &Builtin) -> Self {
         Self { kind: FunctionKind::Builtin, name: builtin.name(), signature: builtin.text(), types: String::new }
     }
 
-    fn announcement<'a>(&self, types: &'a str) -> Announcement<'a> {
+    pub(crate) fn types(&self) -> String {
+        (self.types)()
+    }
+
+    pub(crate) fn announcement<'a>(&self, types: &'a str) -> Announcement<'a> {
         Announcement { kind: self.kind, name: self.name, signature: self.signature, types }
     }
 }
@@ -111,7 +70,7 @@ pub(crate) struct Route {
     id: WorkerId,
     /// Its newest life that is known.
     pub(crate) info: Mutex<Arc<WorkerInfo>>,
-    pub(crate) current: Mutex<Option<(Arc<Endpoint>, Arc<Link>)>>,
+    pub(crate) current: Mutex<Option<Arc<Connection>>>,
 }
 
 pub(crate) struct Inner {
@@ -128,7 +87,6 @@ pub(crate) struct Inner {
     hand_on: Arc<JobCost>,
     routes: OnceLock<Vec<Route>>,
     by_name: OnceLock<HashMap<Arc<str>, u32>>,
-    interned: RwLock<Interning>,
     /// All that were made, in a simulation: there they are counted.
     simulated_links: Mutex<Vec<Weak<Link>>>,
     pub(crate) me: WorkerId,
@@ -174,7 +132,6 @@ impl Agent {
             hand_on: Arc::default(),
             routes: OnceLock::new(),
             by_name: OnceLock::new(),
-            interned: RwLock::default(),
             simulated_links: Mutex::default(),
             me: driver.config().worker.id.clone(),
             device_maps: options.device_maps.clone(),
@@ -228,9 +185,8 @@ impl Agent {
 
     /// Calls of this agent that wait for a reply.
     pub fn in_flight(&self) -> usize {
-        let links =
-            self.0.routes().iter().filter_map(|route| lock(&route.current).as_ref().map(|(_, link)| Arc::clone(link)));
-        links.map(|link| link.in_flight()).sum::<usize>() + lock(&self.0.local).waiting()
+        let links = self.0.routes().iter().filter_map(|route| lock(&route.current).clone());
+        links.map(|connection| connection.link.in_flight()).sum::<usize>() + lock(&self.0.local).waiting()
     }
 
     /// The runtime async handlers run on: the one of [`Options`], or the agent's own, started now; a simulation's if the
@@ -314,46 +270,24 @@ impl Inner {
         }
     }
 
-    pub(crate) fn intern<F: Function>(&self) -> Arc<Interned> {
-        let key = TypeId::of::<F>();
-        if let Some(known) = self.interned.read().unwrap_or_else(|poisoned| poisoned.into_inner()).by_type.get(&key) {
-            return Arc::clone(known);
-        }
-        let mut interned = self.interned.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let new = interned.number(&Callee::of::<F>());
-        Arc::clone(interned.by_type.entry(key).or_insert(new))
-    }
-
-    fn intern_builtin(&self, callee: &Callee) -> Arc<Interned> {
-        let known = self.interned.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(known) = known.builtins.get(callee.name) {
-            return Arc::clone(known);
-        }
-        drop(known);
-        let mut interned = self.interned.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let new = interned.number(callee);
-        Arc::clone(interned.builtins.entry(callee.name).or_insert(new))
-    }
-
     /// The open or opening endpoint to `rank`; dialed on first use and after a loss.
-    fn route(&self, rank: u32) -> Result<(Arc<Endpoint>, Arc<Link>), TransferError> {
+    fn route(&self, rank: u32) -> Result<Arc<Connection>, TransferError> {
         let route = &self.routes()[rank as usize];
         let mut current = lock(&route.current);
-        if let Some((endpoint, link)) = &*current
-            && (endpoint.closed().is_none() || planted::has(Bug::RouteKept))
+        if let Some(connection) = &*current
+            && (connection.endpoint.closed().is_none() || planted::has(Bug::RouteKept))
         {
-            return Ok((Arc::clone(endpoint), Arc::clone(link)));
+            return Ok(Arc::clone(connection));
         }
         let info = Arc::clone(&lock(&route.info));
         let link = Link::new(&self.this, route.id.clone());
         let endpoint = Endpoint::dial(&self.driver, &info, Arc::clone(&link) as Arc<dyn Peer>)
             .inspect_err(|_| self.look_up(rank))?;
-        *current = Some((Arc::clone(&endpoint), Arc::clone(&link)));
-        Ok((endpoint, link))
+        Ok(Arc::clone(current.insert(Arc::new(Connection { endpoint, link }))))
     }
 
     /// As [`Inner::route`], for a call, which fails if there is none.
-    pub(crate) fn route_for(&self, rank: u32, slot: &Slot) -> Option<(Arc<Endpoint>, Arc<Link>)> {
+    pub(crate) fn route_for(&self, rank: u32, slot: &Slot) -> Option<Arc<Connection>> {
         let error = match self.route(rank) {
             Ok(route) => return Some(route),
             Err(error) => error,
@@ -384,7 +318,7 @@ impl Inner {
         if let Ok(mut current) = route.current.try_lock()
             && current.is_none()
         {
-            *current = Some((Arc::clone(endpoint), Arc::clone(link)));
+            *current = Some(Arc::new(Connection { endpoint: Arc::clone(endpoint), link: Arc::clone(link) }));
         }
     }
 
@@ -395,7 +329,8 @@ impl Inner {
             self.look_up(worker.rank);
         }
         let Ok(mut current) = route.current.try_lock() else { return };
-        if current.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, endpoint)) && !planted::has(Bug::RouteKept) {
+        if current.as_ref().is_some_and(|known| Arc::ptr_eq(&known.endpoint, endpoint)) && !planted::has(Bug::RouteKept)
+        {
             *current = None;
         }
     }
@@ -542,8 +477,8 @@ impl To<'_> {
     /// One `send` on an open connection. Tensors above 64 KiB travel on a second connection, opened at the first.
     pub fn call<F: Function, A: Args<F::Args>>(&self, function: F, args: A) -> Reply<F::Output> {
         let _ = function;
-        let (slot, endpoint) = self.start(Callee::of::<F>(), &args, Inner::intern::<F>);
-        Reply::new(slot, endpoint)
+        let (slot, sent) = self.start(&Callee::of::<F>(), &args, interned::of_function::<F>);
+        Reply::new(slot, sent)
     }
 
     /// Calls a builtin on the worker by its name, such as `aten::add`, or with an overload, such as `aten::add.Tensor`.
@@ -572,14 +507,14 @@ impl To<'_> {
 
     /// As [`To::builtin`], with the value as a `T`; one that is no `T` is [`CallError::BadReply`], which names both types.
     pub fn builtin_as<T: FromValue>(&self, name: &str, args: Vec<Value>, kwargs: Kwargs) -> Reply<T> {
-        let (slot, endpoint) = match self.agent.0.registry.known_builtins().resolve(name, &args, &kwargs) {
+        let (slot, sent) = match self.agent.0.registry.known_builtins().resolve(name, &args, &kwargs) {
             Ok((builtin, values)) => {
                 let callee = Callee::builtin(builtin);
-                self.start(callee, &values, |agent| agent.intern_builtin(&callee))
+                self.start(&callee, &values, || interned::of_builtin(builtin))
             }
             Err(unresolved) => (self.unresolved(name, unresolved), None),
         };
-        Reply::of_value(slot, endpoint)
+        Reply::of_value(slot, sent)
     }
 
     /// A call of a builtin that failed before it was one.
@@ -596,7 +531,7 @@ impl To<'_> {
             Unresolved::NoMatch { base, error } => (base, Box::new(|call| CallError::NoMatch { call, source: error })),
         };
         let id = CallId { worker, function };
-        let slot = Slot::new(id.clone(), "", self.deadline, self.agent.0.driver.now());
+        let slot = Slot::new(&id, "", self.deadline, self.agent.0.driver.now());
         slot.complete(Err(error(id)));
         slot
     }
@@ -604,29 +539,29 @@ impl To<'_> {
     /// Starts a call; its outcome, a failure to send included, arrives in the slot.
     fn start<A: Serialize>(
         &self,
-        callee: Callee,
+        callee: &Callee,
         args: &A,
-        intern: impl FnOnce(&Inner) -> Arc<Interned>,
-    ) -> (Arc<Slot>, Option<Arc<Endpoint>>) {
-        let (slot, endpoint) = self.begin(callee, args, intern);
-        self.adopt(&slot);
-        (slot, endpoint)
+        intern: impl FnOnce() -> &'static Interned,
+    ) -> (Arc<Slot>, Option<Sent>) {
+        let (slot, sent) = self.begin(callee, args, intern);
+        self.adopt(&slot, sent.as_ref());
+        (slot, sent)
     }
 
     /// The call ends with the one in whose name it is made.
-    pub(crate) fn adopt(&self, slot: &Arc<Slot>) {
+    pub(crate) fn adopt(&self, slot: &Arc<Slot>, sent: Option<&Sent>) {
         if let Some(scope) = self.within.and_then(|call| call.scope.as_ref()) {
-            scope.adopt(slot);
+            scope.adopt(slot, sent);
         }
     }
 
     fn begin<A: Serialize>(
         &self,
-        callee: Callee,
+        callee: &Callee,
         args: &A,
-        intern: impl FnOnce(&Inner) -> Arc<Interned>,
-    ) -> (Arc<Slot>, Option<Arc<Endpoint>>) {
-        let (slot, rank) = self.open(&callee);
+        intern: impl FnOnce() -> &'static Interned,
+    ) -> (Arc<Slot>, Option<Sent>) {
+        let (slot, rank) = self.open(callee);
         let Some(rank) = rank else { return (slot, None) };
         let encoded = match encode(args) {
             Ok(encoded) => encoded,
@@ -640,9 +575,9 @@ impl To<'_> {
             self.call_here(callee, &slot, encoded);
             return (slot, None);
         }
-        let Some((endpoint, link)) = agent.route_for(rank, &slot) else { return (slot, None) };
-        link.request(&endpoint, &slot, &intern(agent), encoded);
-        (slot, Some(endpoint))
+        let Some(connection) = agent.route_for(rank, &slot) else { return (slot, None) };
+        let call = connection.request(&slot, intern(), encoded);
+        (slot, call.map(|call| Sent { connection, call }))
     }
 
     /// A call's slot, and the rank of who is called; none if the call has failed already.
@@ -658,12 +593,11 @@ impl To<'_> {
             };
             let known = self.agent.workers().map(|info| Arc::clone(&info.id.name)).collect();
             let id = CallId { worker: target.as_str().into(), function: name };
-            let slot = Slot::new(id, signature, deadline, now);
+            let slot = Slot::new(&id, signature, deadline, now);
             slot.complete(Err(CallError::NoSuchWorker { target, known }));
             return (slot, None);
         };
-        let worker = Arc::clone(&agent.routes()[rank as usize].id.name);
-        let slot = Slot::new(CallId { worker, function: name }, signature, deadline, now);
+        let slot = Slot::of(&agent.routes()[rank as usize].id.name, name, signature, deadline, now);
         let call = || slot.id.clone();
         let refused = if is_forked_child() {
             Some(CallError::ForkedProcess { call: call() })
@@ -687,7 +621,7 @@ impl To<'_> {
         let agent = &self.agent.0;
         let rank = agent.rank(&self.target)?;
         let current = lock(&agent.routes()[rank as usize].current);
-        current.as_ref().and_then(|(endpoint, _)| endpoint.route().cloned())
+        current.as_ref().and_then(|connection| connection.endpoint.route().cloned())
     }
 
     /// Tensors of this worker that the other borrows, on that connection.
@@ -695,7 +629,7 @@ impl To<'_> {
         let agent = &self.agent.0;
         let Some(rank) = agent.rank(&self.target) else { return 0 };
         let current = lock(&agent.routes()[rank as usize].current);
-        current.as_ref().map_or(0, |(endpoint, _)| endpoint.lent())
+        current.as_ref().map_or(0, |connection| connection.endpoint.lent())
     }
 
     /// How tensors pass to the worker, and if not in slabs, why; `None` if it was not called, or did not call, yet.
@@ -703,7 +637,7 @@ impl To<'_> {
         let agent = &self.agent.0;
         let rank = agent.rank(&self.target)?;
         let current = lock(&agent.routes()[rank as usize].current);
-        current.as_ref().map(|(endpoint, _)| endpoint.passing())
+        current.as_ref().map(|connection| connection.endpoint.passing())
     }
 
     /// Which channel takes a tensor of `bytes` on a device here to one of the worker's (in this order), and why each other one
@@ -728,7 +662,7 @@ impl To<'_> {
         }
     }
 
-    pub(crate) fn call_here(&self, callee: Callee, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
+    pub(crate) fn call_here(&self, callee: &Callee, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
         let agent = &self.agent.0;
         let registered = match resolve(&agent.registry, &callee.announcement(""), SameTypes::Certain) {
             Ok(registered) => registered,
@@ -755,7 +689,7 @@ impl To<'_> {
             let call = local.insert(Arc::clone(slot));
             local.admit(call, 0);
             // Before its deadline can be looked at.
-            slot.set_origin(Origin::Here { agent: Weak::clone(&agent.this), scope, call });
+            slot.set_here(Here { agent: Weak::clone(&agent.this), scope, call });
             call
         };
         agent.driver.schedule(slot.deadline);

@@ -3,15 +3,17 @@
 //! Invariant C1: a slot is completed once; what comes later finds it gone. Invariant READY: a [`Reply`] resolves when
 //! every storage of the value is complete; with [`Reply::on`], when the stream waits for them.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::future::Future;
+use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use farcall_device::codec::decode;
+use farcall_device::codec::{decode, recycle};
 use farcall_device::{DeviceFuture, Encoded, Fences, Param, Ready, Storages, Stream};
 use farcall_schema::{FromValue, Value, ValueError};
 use farcall_transport::{Corrupt, Digests, Endpoint, is_forked_child};
@@ -20,7 +22,7 @@ use serde::de::DeserializeOwned;
 use crate::agent::Inner;
 use crate::error::Stage;
 use crate::filling::{Filling, Targets};
-use crate::link::{Link, reached};
+use crate::link::{Sent, reached};
 use crate::scope::Scope;
 use crate::{CallError, CallId};
 
@@ -59,24 +61,96 @@ pub(crate) struct Slot {
     digests: Mutex<Option<Digests>>,
     /// This worker.
     here: OnceLock<Arc<str>>,
-    /// Where it was sent, once it is in a table.
-    origin: OnceLock<Origin>,
+    /// Of a call to this worker itself, once it is in a table.
+    local: OnceLock<Here>,
     /// Where the reply's tensors go, if the caller has said so.
     targets: OnceLock<Arc<Targets>>,
     state: Mutex<State>,
+    /// `state` waits no more.
+    done: AtomicBool,
     parked: Condvar,
 }
 
-/// Who works on a call, and under which number.
-pub(crate) enum Origin {
-    Peer { link: Weak<Link>, endpoint: Weak<Endpoint>, call: u64 },
-    Here { agent: Weak<Inner>, scope: Arc<Scope>, call: u64 },
+thread_local! {
+    /// Slots that this thread has done with.
+    static SPARE: RefCell<Vec<Arc<Slot>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How many slots a thread keeps: a burst of calls allocates once.
+const SPARE_MAX: usize = 2048;
+
+/// A waiter's hold on a slot: the last one lets this thread use it again.
+pub(crate) struct Held(Option<Arc<Slot>>);
+
+impl Held {
+    pub(crate) fn slot(&self) -> &Arc<Slot> {
+        match &self.0 {
+            Some(slot) => slot,
+            None => unreachable!("taken when it is dropped"),
+        }
+    }
+}
+
+impl Deref for Held {
+    type Target = Slot;
+
+    fn deref(&self) -> &Slot {
+        self.slot()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Some(mut slot) = self.0.take() else { return };
+        // Whoever completes it may hold it still: then it goes with them.
+        let Some(last) = Arc::get_mut(&mut slot) else { return };
+        // What it holds is dropped now, before the list is borrowed.
+        last.clear();
+        let _ = SPARE.try_with(|spare| {
+            if let Ok(mut spare) = spare.try_borrow_mut()
+                && spare.len() < SPARE_MAX
+            {
+                spare.push(slot);
+            }
+        });
+    }
+}
+
+/// Who works on a call to this worker itself, and under which number.
+pub(crate) struct Here {
+    pub(crate) agent: Weak<Inner>,
+    pub(crate) scope: Arc<Scope>,
+    pub(crate) call: u64,
 }
 
 impl Slot {
-    pub(crate) fn new(id: CallId, signature: &'static str, after: Duration, now: Instant) -> Arc<Self> {
+    pub(crate) fn new(id: &CallId, signature: &'static str, after: Duration, now: Instant) -> Arc<Self> {
+        Self::of(&id.worker, id.function, signature, after, now)
+    }
+
+    /// The slot of a call of `function` on `worker`.
+    pub(crate) fn of(
+        worker: &Arc<str>,
+        function: &'static str,
+        signature: &'static str,
+        after: Duration,
+        now: Instant,
+    ) -> Arc<Self> {
         let after = after.min(DEADLINE_MAX);
         let deadline = now + after;
+        // A thread that ends has none.
+        let spare = SPARE.try_with(|spare| spare.try_borrow_mut().ok()?.pop()).ok().flatten();
+        if let Some(mut spare) = spare
+            && let Some(slot) = Arc::get_mut(&mut spare)
+        {
+            // Often it is the same as the last time.
+            if !Arc::ptr_eq(&slot.id.worker, worker) {
+                slot.id.worker = Arc::clone(worker);
+            }
+            (slot.id.function, slot.signature, slot.after, slot.deadline) = (function, signature, after, deadline);
+            return spare;
+        }
+        let id = CallId { worker: Arc::clone(worker), function };
         Arc::new(Self {
             id,
             signature,
@@ -86,11 +160,24 @@ impl Slot {
             wants_digests: AtomicBool::new(false),
             digests: Mutex::default(),
             here: OnceLock::new(),
-            origin: OnceLock::new(),
+            local: OnceLock::new(),
             targets: OnceLock::new(),
             state: Mutex::new(State::Waiting(None)),
+            done: AtomicBool::new(false),
             parked: Condvar::new(),
         })
+    }
+
+    /// As new, but for its call.
+    fn clear(&mut self) {
+        self.sent = AtomicBool::new(false);
+        self.wants_digests = AtomicBool::new(false);
+        *self.digests.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
+        self.here.take();
+        self.local.take();
+        self.targets.take();
+        *self.state.get_mut().unwrap_or_else(PoisonError::into_inner) = State::Waiting(None);
+        self.done = AtomicBool::new(false);
     }
 
     pub(crate) fn set_sent(&self) {
@@ -147,9 +234,9 @@ impl Slot {
         let _ = self.targets.set(targets);
     }
 
-    pub(crate) fn set_origin(&self, origin: Origin) {
+    pub(crate) fn set_here(&self, here: Here) {
         // A call is made once.
-        let _ = self.origin.set(origin);
+        let _ = self.local.set(here);
     }
 
     /// Sets the outcome and wakes the waiter; `false` if there is an outcome already (C1).
@@ -163,6 +250,7 @@ impl Slot {
             return false;
         }
         let before = std::mem::replace(&mut *state, State::Done(outcome));
+        self.done.store(true, Ordering::Release);
         drop(state);
         match before {
             State::Waiting(Some(waker)) => waker.wake(),
@@ -172,34 +260,30 @@ impl Slot {
         true
     }
 
-    /// Nobody waits for the value any more: whoever works on it is told. Nothing, if there is an outcome.
-    pub(crate) fn cancel(&self) {
-        if is_forked_child() {
+    /// Nobody waits for the value any more: whoever works on it is told, of a call to a peer by what it was `sent`. Nothing, if
+    /// there is an outcome.
+    pub(crate) fn cancel(&self, sent: Option<&Sent>) {
+        if is_forked_child() || (self.is_done() && self.targets().is_none()) {
             return;
         }
         if !self.complete(Err(CallError::Cancelled { call: self.id.clone() })) {
             return;
         }
-        match self.origin.get() {
-            Some(Origin::Peer { link, endpoint, call }) => {
-                if let (Some(link), Some(endpoint)) = (link.upgrade(), endpoint.upgrade()) {
-                    link.abandon(&endpoint, *call);
-                }
+        if let Some(Sent { connection, call }) = sent {
+            connection.link.abandon(&connection.endpoint, *call);
+        }
+        if let Some(Here { agent, call, .. }) = self.local.get() {
+            if let Some(agent) = agent.upgrade() {
+                let slot = lock(&agent.local).remove(*call);
+                drop(slot);
             }
-            Some(Origin::Here { agent, call, .. }) => {
-                if let Some(agent) = agent.upgrade() {
-                    let slot = lock(&agent.local).remove(*call);
-                    drop(slot);
-                }
-                self.stop_handler();
-            }
-            None => {}
+            self.stop_handler();
         }
     }
 
     /// Cancels the handler of a call to oneself.
     pub(crate) fn stop_handler(&self) {
-        if let Some(Origin::Here { scope, .. }) = self.origin.get() {
+        if let Some(Here { scope, .. }) = self.local.get() {
             scope.cancel();
         }
     }
@@ -210,7 +294,7 @@ impl Slot {
     }
 
     pub(crate) fn is_done(&self) -> bool {
-        !lock(&self.state).is_waiting()
+        self.done.load(Ordering::Acquire)
     }
 
     fn is_failed(&self) -> bool {
@@ -248,6 +332,7 @@ impl Slot {
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 *state = State::Taken;
+                self.done.store(true, Ordering::Release);
                 let stage = self.stage(reached());
                 return Err(CallError::Deadline { call: self.id.clone(), after: self.after, stage });
             }
@@ -277,8 +362,9 @@ impl Slot {
 /// that runs is only told. [`Reply::detach`] lets the call go on.
 #[must_use = "a call's failure is seen only by waiting for its reply"]
 pub struct Reply<T> {
-    slot: Arc<Slot>,
-    endpoint: Option<Arc<Endpoint>>,
+    slot: Held,
+    /// Of a call to a peer.
+    sent: Option<Sent>,
     detached: bool,
     read: Reader<T>,
 }
@@ -289,7 +375,7 @@ type Reader<T> = fn(&Encoded) -> Result<T, String>;
 impl<T> Drop for Reply<T> {
     fn drop(&mut self) {
         if !self.detached {
-            self.slot.cancel();
+            self.slot.cancel(self.sent.as_ref());
         }
     }
 }
@@ -301,16 +387,16 @@ impl<T> fmt::Debug for Reply<T> {
 }
 
 impl<T> Reply<T> {
-    pub(crate) fn new(slot: Arc<Slot>, endpoint: Option<Arc<Endpoint>>) -> Self
+    pub(crate) fn new(slot: Arc<Slot>, sent: Option<Sent>) -> Self
     where
         T: DeserializeOwned,
     {
         let read = |encoded: &Encoded| decode(&encoded.metadata, &encoded.tensors).map_err(|error| error.to_string());
-        Self { slot, endpoint, detached: false, read }
+        Self { slot: Held(Some(slot)), sent, detached: false, read }
     }
 
     /// A reply whose value travels as a [`Value`].
-    pub(crate) fn of_value(slot: Arc<Slot>, endpoint: Option<Arc<Endpoint>>) -> Self
+    pub(crate) fn of_value(slot: Arc<Slot>, sent: Option<Sent>) -> Self
     where
         T: FromValue,
     {
@@ -318,7 +404,11 @@ impl<T> Reply<T> {
             let value: Value = decode(&encoded.metadata, &encoded.tensors).map_err(|error| error.to_string())?;
             value.to().map_err(|error: ValueError| error.to_string())
         };
-        Self { slot, endpoint, detached: false, read }
+        Self { slot: Held(Some(slot)), sent, detached: false, read }
+    }
+
+    fn endpoint(&self) -> Option<&Arc<Endpoint>> {
+        self.sent.as_ref().map(|sent| &sent.connection.endpoint)
     }
 
     /// The worker that was called, by its name.
@@ -388,7 +478,9 @@ impl<T> Reply<T> {
     pub fn wait(self) -> Result<T, CallError> {
         let encoded = self.wait_encoded()?;
         Fences::of(&encoded.tensors).block_until(self.slot.deadline)?;
-        self.read(&encoded)
+        let value = self.read(&encoded);
+        recycle(encoded.metadata);
+        value
     }
 
     pub(crate) fn wait_encoded(&self) -> Result<Encoded, CallError> {
@@ -400,9 +492,9 @@ impl<T> Reply<T> {
             return self.slot.park(|| Stage::Waiting);
         }
         // A handler that waits here leaves its place to another, which may be the one that it waits for.
-        match (&self.endpoint, self.slot.origin.get()) {
+        match (self.endpoint(), self.slot.local.get()) {
             (Some(endpoint), _) => endpoint.driver().blocking(|| self.sleep()),
-            (None, Some(Origin::Here { agent, .. })) => match agent.upgrade() {
+            (None, Some(Here { agent, .. })) => match agent.upgrade() {
                 Some(agent) => agent.driver.blocking(|| self.sleep()),
                 None => self.sleep(),
             },
@@ -411,10 +503,10 @@ impl<T> Reply<T> {
     }
 
     fn sleep(&self) -> Result<Encoded, CallError> {
-        if let Some(endpoint) = &self.endpoint {
+        if let Some(endpoint) = self.endpoint() {
             endpoint.drive_until(&|| self.slot.is_done(), self.slot.deadline);
         }
-        self.slot.park(|| self.endpoint.as_ref().map_or(Stage::Waiting, |endpoint| reached(endpoint)))
+        self.slot.park(|| self.endpoint().map_or(Stage::Waiting, |endpoint| reached(endpoint)))
     }
 
     /// The value as soon as it can be ordered on `stream`: that stream waits for its storages, no thread does.
@@ -448,7 +540,7 @@ impl<T> Reply<T> {
     }
 
     pub(crate) fn slot(&self) -> &Arc<Slot> {
-        &self.slot
+        self.slot.slot()
     }
 
     pub(crate) fn read(&self, encoded: &Encoded) -> Result<T, CallError> {
@@ -495,7 +587,9 @@ impl<T> Future for ReplyFuture<T> {
                 },
                 ReadyState::Storages(encoded, fences) => {
                     std::task::ready!(Pin::new(fences).poll(cx))?;
-                    return Poll::Ready(this.reply.read(encoded));
+                    let value = this.reply.read(encoded);
+                    recycle(std::mem::take(&mut encoded.metadata));
+                    return Poll::Ready(value);
                 }
             }
         }
@@ -510,7 +604,7 @@ mod tests {
     use super::*;
 
     fn slot(after: Duration) -> Arc<Slot> {
-        Slot::new(CallId { worker: "w1".into(), function: "f" }, "()", after, Instant::now())
+        Slot::of(&"w1".into(), "f", "()", after, Instant::now())
     }
 
     fn empty() -> Encoded {

@@ -6,14 +6,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use farcall_device::Encoded;
 use farcall_device::codec::{decode, encode, shape};
+use farcall_device::{Encoded, Tensor};
 use farcall_schema::Value;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::builtin::RunError;
 use crate::error::Failure;
+use crate::interned::FunctionCell;
 use crate::{Call, Error};
 
 /// A function that workers can call; written by `#[farcall::function]`.
@@ -34,6 +35,8 @@ pub trait Function: Copy + Send + Sync + 'static {
     const INLINE: bool;
     /// The code behind it.
     fn handler() -> Handler;
+    /// Where its number is kept: a `static` of its own.
+    fn cell() -> &'static FunctionCell;
 }
 
 /// One argument: a `T`, or what travels exactly as a `T` does.
@@ -81,7 +84,7 @@ pub(crate) type AnswerFuture = Pin<Box<dyn Future<Output = Answer> + Send>>;
 /// A function's code, its types erased: encoded arguments in, an encoded value or a failure out. Never unwinds.
 pub struct Handler(pub(crate) HandlerKind);
 
-type SyncHandler = dyn Fn(&Call, Encoded) -> Answer + Send + Sync;
+pub(crate) type SyncHandler = dyn Fn(&Call, &[u8], Vec<Tensor>) -> Answer + Send + Sync;
 type FutureHandler = dyn Fn(Call, Encoded) -> AnswerFuture + Send + Sync;
 
 pub(crate) enum HandlerKind {
@@ -97,11 +100,11 @@ impl Handler {
         O: Serialize + 'static,
         F: Fn(&Call, A) -> Result<O, Error> + Send + Sync + 'static,
     {
-        Self(HandlerKind::Sync(Box::new(move |cx, encoded| {
+        Self(HandlerKind::Sync(Box::new(move |cx, metadata, tensors| {
             caught(catch_unwind(AssertUnwindSafe(|| {
-                let args = read_args(&encoded)?;
+                let args = read_args(metadata, &tensors)?;
                 // The arguments own what they need of the frame.
-                drop(encoded);
+                drop(tensors);
                 answer(function(cx, args))
             })))
         })))
@@ -109,10 +112,10 @@ impl Handler {
 
     /// The handler of a builtin: values in, a value out.
     pub(crate) fn builtin(run: impl Fn(&Call, Vec<Value>) -> Result<Value, RunError> + Send + Sync + 'static) -> Self {
-        Self(HandlerKind::Sync(Box::new(move |cx, encoded| {
+        Self(HandlerKind::Sync(Box::new(move |cx, metadata, tensors| {
             caught(catch_unwind(AssertUnwindSafe(|| {
-                let values = read_args(&encoded)?;
-                drop(encoded);
+                let values = read_args(metadata, &tensors)?;
+                drop(tensors);
                 match run(cx, values) {
                     Ok(value) => answer(Ok(value)),
                     Err(RunError::Failed(error)) => answer::<Value>(Err(error)),
@@ -131,7 +134,10 @@ impl Handler {
         R: Future<Output = Result<O, Error>> + Send + 'static,
     {
         Self(HandlerKind::Future(Box::new(move |cx, encoded| {
-            let started = catch_unwind(AssertUnwindSafe(|| Ok(function(cx, read_args(&encoded)?))));
+            let started = catch_unwind(AssertUnwindSafe(|| {
+                let Encoded { metadata, tensors } = encoded;
+                Ok(function(cx, read_args(&metadata, &tensors)?))
+            }));
             match started {
                 Ok(Ok(future)) => Box::pin(Caught(Box::pin(async move { answer(future.await) }))),
                 Ok(Err(failure)) => Box::pin(std::future::ready(Err(failure))),
@@ -141,8 +147,8 @@ impl Handler {
     }
 }
 
-fn read_args<A: DeserializeOwned>(encoded: &Encoded) -> Result<A, Failure> {
-    decode(&encoded.metadata, &encoded.tensors).map_err(|error| Failure::BadArguments { message: error.to_string() })
+fn read_args<A: DeserializeOwned>(metadata: &[u8], tensors: &[Tensor]) -> Result<A, Failure> {
+    decode(metadata, tensors).map_err(|error| Failure::BadArguments { message: error.to_string() })
 }
 
 fn answer<O: Serialize>(result: Result<O, Error>) -> Answer {

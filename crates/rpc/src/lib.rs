@@ -22,6 +22,7 @@ mod device_map;
 mod error;
 mod filling;
 mod function;
+mod interned;
 mod join;
 mod link;
 mod lives;
@@ -43,6 +44,8 @@ pub use device_map::DeviceMap;
 pub use error::{CallError, CallId, Error, JoinError, Misfit, RemoteError, Result, Stage};
 pub use filling::{Filling, FillingFuture};
 pub use function::{Arg, Args, Function, Handler, Outcome};
+#[doc(hidden)]
+pub use interned::FunctionCell;
 pub use inventory;
 pub use join::Options;
 pub use registry::{Registration, Registry};

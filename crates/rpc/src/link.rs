@@ -7,21 +7,23 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use farcall_device::codec::{recycle, spare_buffer};
 use farcall_device::{Device, Encoded};
 use farcall_transport::frame::Kind;
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
-    CloseCause, Corrupt, Endpoint, Frame, Job, Outbound, Peer, Placer, ProtocolError, Staged, TransferError, Turn,
-    Unanswered, WorkerId, digests, stage,
+    CloseCause, Corrupt, Endpoint, Frame, Job, Outbound, Peer, Placer, ProtocolError, Small, Staged, TransferError,
+    Turn, Unanswered, WorkerId, digests, stage,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::agent::{Agent, Inner, Interned};
-use crate::call::{Origin, Slot, lock};
+use crate::agent::{Agent, Inner};
+use crate::call::{Slot, lock};
 use crate::context::Call;
 use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
-use crate::function::{AnswerFuture, HandlerKind};
+use crate::function::{AnswerFuture, HandlerKind, SyncHandler};
+use crate::interned::Interned;
 use crate::parcel::{Contents, Parcel};
 use crate::registry::{FunctionKind, Registered, Registry};
 use crate::scope::Scope;
@@ -46,6 +48,31 @@ pub(crate) struct Announcement<'a> {
 
 /// What a peer's interned id stands for here: a function, or what its callers are told.
 type Target = Result<Arc<Registered>, Failure>;
+
+/// Where calls to one worker go: an endpoint, and what is known of the calls on it.
+pub(crate) struct Connection {
+    pub(crate) endpoint: Arc<Endpoint>,
+    pub(crate) link: Arc<Link>,
+}
+
+impl Connection {
+    /// As [`Link::request`].
+    pub(crate) fn request(&self, slot: &Arc<Slot>, function: &'static Interned, encoded: Encoded) -> Option<u64> {
+        self.link.request(&self.endpoint, slot, function, encoded)
+    }
+
+    /// As [`Link::post`].
+    pub(crate) fn post(&self, slot: &Arc<Slot>, function: &'static Interned, parcel: Parcel) -> Option<u64> {
+        self.link.post(&self.endpoint, slot, function, parcel)
+    }
+}
+
+/// A call to a peer: where it was sent, or waits to be, and its number there.
+#[derive(Clone)]
+pub(crate) struct Sent {
+    pub(crate) connection: Arc<Connection>,
+    pub(crate) call: u64,
+}
 
 /// See the module.
 pub(crate) struct Link {
@@ -72,7 +99,7 @@ struct Calls {
 struct Request {
     slot: Arc<Slot>,
     call: u64,
-    function: Arc<Interned>,
+    function: &'static Interned,
     contents: Contents,
     /// Of its tensors, there.
     devices: Vec<Device>,
@@ -177,62 +204,54 @@ impl Link {
         census.cancelled_early += served.cancelled_early.len();
     }
 
-    /// Sends a request once its tensors are ready; its outcome, a failure to send included, arrives in `slot`.
+    /// Sends a request once its tensors are ready; its outcome, a failure to send included, arrives in `slot`. Gives its number,
+    /// unless it has failed.
     ///
     /// FENCE: a call whose tensors are not ready waits here, before it takes a place on the wire, and delays no later call.
-    pub(crate) fn request(
+    fn request(
         self: &Arc<Self>,
         endpoint: &Arc<Endpoint>,
         slot: &Arc<Slot>,
-        function: &Arc<Interned>,
+        function: &'static Interned,
         encoded: Encoded,
-    ) {
+    ) -> Option<u64> {
+        if encoded.tensors.is_empty() && !slot.wants_digests() {
+            return self.request_small(endpoint, slot, function, encoded.metadata);
+        }
         match Parcel::new(&endpoint.driver().config().runtime, encoded, endpoint.lends()) {
             Ok(parcel) => self.post(endpoint, slot, function, parcel),
             Err(error) => {
                 slot.complete(Err(error.into()));
+                None
             }
         }
     }
 
     /// As [`Link::request`], of arguments that are fit for the wire.
-    pub(crate) fn post(
+    fn post(
         self: &Arc<Self>,
         endpoint: &Arc<Endpoint>,
         slot: &Arc<Slot>,
-        function: &Arc<Interned>,
+        function: &'static Interned,
         parcel: Parcel,
-    ) {
+    ) -> Option<u64> {
         let Parcel { contents, mut devices, pending } = parcel;
         for device in &mut devices {
             let Some(there) = self.devices.there(*device) else {
                 let (call, map) = (slot.id.clone(), self.devices.clone());
                 slot.complete(Err(CallError::Unmapped { call, device: *device, map }));
-                return;
+                return None;
             };
             *device = there;
         }
-        let call = {
-            let mut calls = lock(&self.calls);
-            let in_flight = calls.table.len();
-            if in_flight >= CALLS_MAX {
-                slot.complete(Err(CallError::Overloaded { call: slot.id.clone(), in_flight }));
-                return;
-            }
-            calls.table.insert(Arc::clone(slot))
-        };
-        let (link, to) = (Arc::downgrade(self), Arc::downgrade(endpoint));
-        slot.set_origin(Origin::Peer { link, endpoint: to, call });
-        endpoint.driver().schedule(slot.deadline);
-        if let Some(cause) = endpoint.closed() {
-            // Closed between the choice of the route and now: nobody keeps its time any more.
-            lock(&self.calls).table.remove(call);
-            slot.complete(Err(lost(&slot.id, endpoint, cause)));
-            return;
-        }
-        let request = Request { slot: Arc::clone(slot), call, function: Arc::clone(function), contents, devices };
+        let mut calls = lock(&self.calls);
+        let inserted = insert(&mut calls, slot);
+        drop(calls);
+        let call = inserted.filter(|call| self.keep_time(endpoint, slot, *call))?;
+        let request = Request { slot: Arc::clone(slot), call, function, contents, devices };
         if pending.is_empty() {
-            return self.send_request(endpoint, request);
+            self.send_request(endpoint, request);
+            return Some(call);
         }
         let (link, endpoint) = (Arc::clone(self), Arc::clone(endpoint));
         pending.on_ready(move |ready| match ready {
@@ -244,6 +263,51 @@ impl Link {
                 request.slot.complete(Err(error.into()));
             }
         });
+        Some(call)
+    }
+
+    /// As [`Link::request`], without tensors: there is nothing to wait for but a place.
+    fn request_small(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        slot: &Arc<Slot>,
+        function: &'static Interned,
+        metadata: Vec<u8>,
+    ) -> Option<u64> {
+        let mut calls = lock(&self.calls);
+        let call = insert(&mut calls, slot)?;
+        let first = calls.queue.is_empty() && !calls.draining;
+        let admission = first.then(|| calls.table.admit(call, 0));
+        drop(calls);
+        if !self.keep_time(endpoint, slot, call) {
+            return None;
+        }
+        if admission != Some(Admission::Sent) {
+            let contents = Contents::own(Encoded { metadata, tensors: Vec::new() });
+            let slot = Arc::clone(slot);
+            self.send_request(endpoint, Request { slot, call, function, contents, devices: Vec::new() });
+            return Some(call);
+        }
+        let deadline_us = u64::try_from(slot.after.as_micros()).unwrap_or(u64::MAX).max(1);
+        let outbound = Outbound { call, function: function.id, deadline_us, ..Outbound::new(Kind::Request, &metadata) };
+        self.send(endpoint, slot, function, &outbound);
+        recycle(metadata);
+        self.look_after(endpoint, slot, call).then_some(call)
+    }
+
+    /// The call in the table has an end: its deadline, or that of its endpoint. `false` if that has closed.
+    fn keep_time(&self, endpoint: &Endpoint, slot: &Slot, call: u64) -> bool {
+        endpoint.driver().schedule(slot.deadline);
+        // Closed between the choice of the route and now, if it is: nobody keeps its time any more.
+        self.look_after(endpoint, slot, call)
+    }
+
+    /// Ends the call if the endpoint has closed: `on_closed` may have run before it was inserted.
+    fn look_after(&self, endpoint: &Endpoint, slot: &Slot, call: u64) -> bool {
+        let Some(cause) = endpoint.closed() else { return true };
+        lock(&self.calls).table.remove(call);
+        slot.complete(Err(lost(&slot.id, endpoint, cause)));
+        false
     }
 
     /// Sends the request if there is room in the window, behind those that wait for some already; else it waits, too.
@@ -263,11 +327,7 @@ impl Link {
                 drop(calls);
             }
         }
-        if let Some(cause) = endpoint.closed() {
-            // Closed between the insertion and now: `on_closed` may have run before it.
-            lock(&self.calls).table.remove(call);
-            slot.complete(Err(lost(&slot.id, endpoint, cause)));
-        }
+        self.look_after(endpoint, &slot, call);
     }
 
     fn transmit(&self, endpoint: &Arc<Endpoint>, request: &Request) {
@@ -292,15 +352,20 @@ impl Link {
             devices,
             digests,
         };
-        if let Err(error) = endpoint.send_to_function(&outbound, &function.announcement) {
+        self.send(endpoint, slot, function, &outbound);
+    }
+
+    fn send(&self, endpoint: &Arc<Endpoint>, slot: &Slot, function: &Interned, outbound: &Outbound<'_>) {
+        let call = outbound.call;
+        if let Err(error) = endpoint.send_to_function(outbound, &function.announcement) {
             // Its close may have taken the slot already; a slot is completed once.
-            lock(&self.calls).table.remove(*call);
+            lock(&self.calls).table.remove(call);
             slot.complete(Err(send_error(&slot.id, endpoint, error)));
             // Its place is another's.
             self.send_queued(endpoint);
-        } else if slot.is_done() && lock(&self.calls).table.is_abandoned(*call) {
+        } else if slot.is_done() && lock(&self.calls).table.is_abandoned(call) {
             // Its cancellation may have overtaken it.
-            send_cancel(endpoint, *call);
+            send_cancel(endpoint, call);
         }
     }
 
@@ -386,16 +451,66 @@ impl Link {
         Ok(())
     }
 
-    fn on_request(&self, endpoint: &Arc<Endpoint>, mut frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
-        let Some(target) = lock(&self.functions).get(frame.function as usize).cloned().flatten() else {
-            let message = format!("request for function id {}, which was not announced", frame.function);
-            return Err(ProtocolError::Malformed { what: "request", message });
-        };
+    /// The function of that id; none was announced, if there is none.
+    fn target(&self, function: u32) -> Result<Target, ProtocolError> {
+        let known = lock(&self.functions).get(function as usize).cloned().flatten();
+        known.ok_or_else(|| {
+            let message = format!("request for function id {function}, which was not announced");
+            ProtocolError::Malformed { what: "request", message }
+        })
+    }
+
+    /// Whether the request that has come was cancelled on its way.
+    fn count_request(&self, endpoint: &Endpoint, call: u64) -> Result<bool, ProtocolError> {
         let max = endpoint.driver().config().limits.requests_max;
-        let begun = self.serving.on_request(frame.call, endpoint.untaken_answers(), max);
+        let counted = self.serving.on_request(call, endpoint.untaken_answers(), max);
         // The answer that made room may have arrived before it was counted.
-        let cancelled =
-            begun.or_else(|_| self.serving.on_request(frame.call, endpoint.count_untaken_answers(), max))?;
+        counted.or_else(|_| self.serving.on_request(call, endpoint.count_untaken_answers(), max))
+    }
+
+    /// A request of an inline function, without tensors: answered here and now.
+    fn on_small_request(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        small: &Small<'_>,
+        turn: &mut Turn,
+    ) -> Result<(), ProtocolError> {
+        let target = self.target(small.function)?;
+        let (Ok(registered), false) = (&target, small.wants_digests) else {
+            return self.on_request(endpoint, small.to_frame(), turn);
+        };
+        let (HandlerKind::Sync(handler), true) = (&registered.handler.0, registered.inline) else {
+            return self.on_request(endpoint, small.to_frame(), turn);
+        };
+        let cancelled = self.count_request(endpoint, small.call)?;
+        let Some(agent) = self.agent.upgrade() else { return Ok(()) };
+        let now = turn.now(&agent.driver);
+        let cx = Call {
+            agent: Agent::from_inner(agent),
+            scope: None,
+            caller: Arc::clone(&self.worker),
+            function: registered.name,
+            deadline: (small.deadline_us > 0).then(|| now + Duration::from_micros(small.deadline_us)),
+        };
+        let answer = if cancelled { Err(Failure::Cancelled) } else { handler(&cx, small.metadata, Vec::new()) };
+        match answer {
+            Ok(Encoded { metadata, tensors }) if tensors.is_empty() => {
+                let outbound = Outbound { call: small.call, ..Outbound::new(Kind::Reply, &metadata) };
+                let sent = endpoint.send_in(&outbound, turn);
+                recycle(metadata);
+                match sent {
+                    Ok(()) | Err(TransferError::Closed { .. }) => {}
+                    Err(error) => ReplyTo::new(endpoint, small.call).send_unsent(&error),
+                }
+            }
+            answer => ReplyTo::new(endpoint, small.call).send(answer, Some(turn)),
+        }
+        Ok(())
+    }
+
+    fn on_request(&self, endpoint: &Arc<Endpoint>, mut frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError> {
+        let target = self.target(frame.function)?;
+        let cancelled = self.count_request(endpoint, frame.call)?;
         let unanswered = std::mem::take(&mut frame.unanswered);
         let endpoint = Arc::clone(endpoint);
         let digests = frame.digests.wanted;
@@ -421,7 +536,7 @@ impl Link {
             scope = Some(self.serving.begin(frame.call)?);
             reply.serving = Some(Arc::clone(&self.serving));
         }
-        let now = agent.driver.now();
+        let now = turn.now(&agent.driver);
         let cx = Call {
             agent: Agent::from_inner(agent),
             scope,
@@ -476,16 +591,20 @@ impl Link {
         place(&endpoint.driver().config().runtime, &mut frame.tensors, &frame.devices)
     }
 
-    fn on_answer(&self, endpoint: &Arc<Endpoint>, mut frame: Frame) -> Result<(), ProtocolError> {
+    /// The slot that the answer is for; none, if it is late: nobody's. Its place is another's.
+    fn settle(&self, endpoint: &Arc<Endpoint>, call: u64) -> Option<Arc<Slot>> {
         let (slot, waiting) = {
             let mut calls = lock(&self.calls);
-            (calls.table.settle(frame.call), !calls.queue.is_empty())
+            (calls.table.settle(call), !calls.queue.is_empty())
         };
         if waiting {
             self.send_queued(endpoint);
         }
-        // Abandoned: the late answer is nobody's.
-        let Some(slot) = slot else { return Ok(()) };
+        slot
+    }
+
+    fn on_answer(&self, endpoint: &Arc<Endpoint>, mut frame: Frame) -> Result<(), ProtocolError> {
+        let Some(slot) = self.settle(endpoint, frame.call) else { return Ok(()) };
         // What goes into parameters is copied to wherever they are.
         let placed = if slot.targets().is_some() { Ok(()) } else { self.place_result(endpoint, &mut frame) };
         // What has landed in a parameter is compared before it is its value; else who waits does it, not who reads frames (R1).
@@ -508,6 +627,16 @@ impl Link {
         slot.complete(outcome);
         Ok(())
     }
+}
+
+/// A call's place in the table; if there is none, it has failed.
+fn insert(calls: &mut Calls, slot: &Arc<Slot>) -> Option<u64> {
+    let in_flight = calls.table.len();
+    if in_flight >= CALLS_MAX {
+        slot.complete(Err(CallError::Overloaded { call: slot.id.clone(), in_flight }));
+        return None;
+    }
+    Some(calls.table.insert(Arc::clone(slot)))
 }
 
 /// Whether what types are made of must be compared.
@@ -548,7 +677,7 @@ where
 {
     match &registered.handler.0 {
         HandlerKind::Sync(handler) if registered.inline => {
-            let answer = handler(&cx, encoded);
+            let answer = handle(handler, &cx, encoded);
             reply(answer, Some(turn));
         }
         HandlerKind::Sync(_) => turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
@@ -556,7 +685,7 @@ where
                 return reply(Err(Failure::Cancelled), Some(turn));
             }
             let HandlerKind::Sync(handler) = &registered.handler.0 else { unreachable!("matched above") };
-            let answer = handler(&cx, encoded);
+            let answer = handle(handler, &cx, encoded);
             reply(answer, Some(turn));
         })),
         HandlerKind::Future(_) => turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
@@ -581,6 +710,13 @@ where
             }
         })),
     }
+}
+
+fn handle(handler: &SyncHandler, cx: &Call, encoded: Encoded) -> Result<Encoded, Failure> {
+    let Encoded { metadata, tensors } = encoded;
+    let answer = handler(cx, &metadata, tensors);
+    recycle(metadata);
+    answer
 }
 
 /// The future's answer, unless the call is cancelled: then the future is dropped.
@@ -625,6 +761,12 @@ impl Drop for ReplyTo {
 }
 
 impl ReplyTo {
+    /// Of a request without tensors, that is not listed.
+    fn new(endpoint: &Arc<Endpoint>, call: u64) -> Self {
+        let (endpoint, unanswered) = (Arc::clone(endpoint), Unanswered::default());
+        Self { endpoint, call, answered: false, unanswered, serving: None, digests: false }
+    }
+
     /// Sends the answer, a value once its tensors are ready.
     fn send(mut self, answer: Result<Encoded, Failure>, turn: Option<&mut Turn>) {
         let Encoded { metadata, tensors } = match answer {
@@ -762,6 +904,20 @@ impl Peer for Link {
                 Ok(())
             }
             kind => Err(ProtocolError::Unexpected { kind, expected: "a frame of a call" }),
+        }
+    }
+
+    fn on_small(&self, endpoint: &Arc<Endpoint>, small: &Small<'_>, turn: &mut Turn) -> Result<(), ProtocolError> {
+        match small.kind {
+            Kind::Request => self.on_small_request(endpoint, small, turn),
+            Kind::Reply if !small.wants_digests => {
+                let Some(slot) = self.settle(endpoint, small.call) else { return Ok(()) };
+                let mut metadata = spare_buffer();
+                metadata.extend_from_slice(small.metadata);
+                slot.complete(Ok(Encoded { metadata, tensors: Vec::new() }));
+                Ok(())
+            }
+            _ => self.on_frame(endpoint, small.to_frame(), turn),
         }
     }
 

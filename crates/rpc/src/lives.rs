@@ -127,11 +127,11 @@ impl Inner {
         // If it is being dialed, that meets the new life, or nobody, or one that is known for old when it answers.
         let old = route.current.try_lock().ok().and_then(|mut current| {
             let is_old = |worker: &WorkerInfo| worker.incarnation < info.incarnation;
-            current.take_if(|(endpoint, _)| endpoint.remote().is_some_and(is_old))
+            current.take_if(|connection| connection.endpoint.remote().is_some_and(is_old))
         });
         tracing::info!(worker = %info.id, life = info.incarnation, "a worker was started again");
-        if let Some((endpoint, _)) = old {
-            endpoint.close(CloseCause::Replaced { life: info.incarnation });
+        if let Some(old) = old {
+            old.endpoint.close(CloseCause::Replaced { life: info.incarnation });
         }
     }
 

@@ -44,6 +44,13 @@ impl Packed {
     }
 }
 
+impl Contents {
+    /// Of one call.
+    pub(crate) fn own(encoded: Encoded) -> Self {
+        Self::Own(Packed::new(encoded))
+    }
+}
+
 impl Deref for Contents {
     type Target = Packed;
 
@@ -63,7 +70,7 @@ impl Parcel {
     pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
         let Staged { tensors, devices, pending } = stage(runtime, tensors, slabs)?;
-        Ok(Self { contents: Contents::Own(Packed::new(Encoded { metadata, tensors })), devices, pending })
+        Ok(Self { contents: Contents::own(Encoded { metadata, tensors }), devices, pending })
     }
 }
 

@@ -179,6 +179,10 @@ mod tests {
         fn handler() -> Handler {
             Handler::sync(|_, (x,): (i64,)| Ok(2 * x))
         }
+        fn cell() -> &'static crate::FunctionCell {
+            static CELL: crate::FunctionCell = crate::FunctionCell::new();
+            &CELL
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::Waker;
 
 use crate::call::{Slot, lock};
+use crate::link::Sent;
 
 /// See the module.
 #[derive(Default)]
@@ -21,8 +22,8 @@ pub(crate) struct Scope {
 struct State {
     /// Of the handler's task.
     waker: Option<Waker>,
-    /// Calls that the handler makes.
-    calls: Vec<Weak<Slot>>,
+    /// Calls that the handler makes, and what was sent of those to peers.
+    calls: Vec<(Weak<Slot>, Option<Sent>)>,
 }
 
 impl Scope {
@@ -40,7 +41,11 @@ impl Scope {
         if let Some(waker) = waker {
             waker.wake();
         }
-        calls.iter().filter_map(Weak::upgrade).for_each(|slot| slot.cancel());
+        for (slot, sent) in calls {
+            if let Some(slot) = slot.upgrade() {
+                slot.cancel(sent.as_ref());
+            }
+        }
     }
 
     /// Leaves the waker of the handler's task; `true` if the call is cancelled already.
@@ -55,17 +60,17 @@ impl Scope {
     }
 
     /// Has `slot` end with this call.
-    pub(crate) fn adopt(&self, slot: &Arc<Slot>) {
+    pub(crate) fn adopt(&self, slot: &Arc<Slot>, sent: Option<&Sent>) {
         let mut state = lock(&self.state);
         if self.is_cancelled() {
             drop(state);
-            return slot.cancel();
+            return slot.cancel(sent);
         }
         // Those that have ended go whenever the list would grow.
         if state.calls.len() == state.calls.capacity() {
-            state.calls.retain(|call| call.strong_count() > 0);
+            state.calls.retain(|(call, _)| call.strong_count() > 0);
         }
-        state.calls.push(Arc::downgrade(slot));
+        state.calls.push((Arc::downgrade(slot), sent.cloned()));
     }
 }
 

@@ -229,10 +229,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::CallId;
 
     fn slot(after: Duration) -> Arc<Slot> {
-        Slot::new(CallId { worker: "w1".into(), function: "f" }, "()", after, Instant::now())
+        Slot::of(&"w1".into(), "f", "()", after, Instant::now())
     }
 
     fn table(requests: usize, bytes: u64) -> CallTable {

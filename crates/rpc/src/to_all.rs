@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farcall_device::codec::encode;
-use farcall_transport::Endpoint;
 use serde::Serialize;
 
-use crate::agent::{Callee, Inner, Interned};
+use crate::agent::Callee;
 use crate::call::{Reply, Slot};
 use crate::function::{Args, Function};
+use crate::interned::{self, Interned};
+use crate::link::Sent;
 use crate::parcel::SharedParcel;
 use crate::{CallError, Replies, To};
 
@@ -61,21 +62,21 @@ impl<'a> ToAll<'a> {
     /// Encoding, copies from devices, packing, and copies of foreign memory into slabs: once. Then that of [`To::call`] for each.
     pub fn call<F: Function, A: Args<F::Args>>(&self, function: F, args: A) -> Replies<F::Output> {
         let _ = function;
-        let slots = self.begin(Callee::of::<F>(), &args, Inner::intern::<F>);
-        let replies = self.each.iter().zip(slots).map(|(to, (slot, endpoint))| {
-            to.adopt(&slot);
-            Reply::new(slot, endpoint)
+        let slots = self.begin(&Callee::of::<F>(), &args, interned::of_function::<F>);
+        let replies = self.each.iter().zip(slots).map(|(to, (slot, sent))| {
+            to.adopt(&slot, sent.as_ref());
+            Reply::new(slot, sent)
         });
         Replies::new(replies.collect())
     }
 
     fn begin<A: Serialize>(
         &self,
-        callee: Callee,
+        callee: &Callee,
         args: &A,
-        intern: impl FnOnce(&Inner) -> Arc<Interned>,
-    ) -> Vec<(Arc<Slot>, Option<Arc<Endpoint>>)> {
-        let opened: Vec<_> = self.each.iter().map(|to| to.open(&callee)).collect();
+        intern: impl FnOnce() -> &'static Interned,
+    ) -> Vec<(Arc<Slot>, Option<Sent>)> {
+        let opened: Vec<_> = self.each.iter().map(|to| to.open(callee)).collect();
         let Some(first) = self.each.first() else { return Vec::new() };
         let agent = first.agent().inner();
         let fail_all = |error: &dyn Fn(&Slot) -> CallError| {
@@ -101,7 +102,7 @@ impl<'a> ToAll<'a> {
         if routes.iter().all(Option::is_none) {
             return slots;
         }
-        let lends = routes.iter().flatten().any(|(endpoint, _)| endpoint.lends());
+        let lends = routes.iter().flatten().any(|connection| connection.endpoint.lends());
         let parcel = match SharedParcel::new(&agent.driver.config().runtime, encoded, lends) {
             Ok(parcel) => parcel,
             Err(error) => {
@@ -111,11 +112,11 @@ impl<'a> ToAll<'a> {
                 return slots;
             }
         };
-        let function = intern(agent);
-        for ((slot, used), route) in slots.iter_mut().zip(routes) {
-            if let Some((endpoint, link)) = route {
-                link.post(&endpoint, slot, &function, parcel.parcel());
-                *used = Some(endpoint);
+        let function = intern();
+        for ((slot, sent), route) in slots.iter_mut().zip(routes) {
+            if let Some(connection) = route {
+                let call = connection.post(slot, function, parcel.parcel());
+                *sent = call.map(|call| Sent { connection, call });
             }
         }
         slots

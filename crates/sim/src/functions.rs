@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use farcall_device::Tensor;
-use farcall_rpc::{Call, Error, Function, Handler, Registry, Result};
+use farcall_rpc::{Call, Error, Function, FunctionCell, Handler, Registry, Result};
 
 use crate::model::{Model, lock};
 
@@ -44,6 +44,10 @@ macro_rules! functions {
             const INLINE: bool = $inline;
             fn handler() -> Handler {
                 $handler
+            }
+            fn cell() -> &'static FunctionCell {
+                static CELL: FunctionCell = FunctionCell::new();
+                &CELL
             }
         }
     )+};

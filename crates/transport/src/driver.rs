@@ -52,8 +52,8 @@ use crate::strangers::Strangers;
 use crate::tls::Session;
 use crate::tls::Tls;
 use crate::{
-    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, NoSlabs, Placer, ProtocolError, Route, TransferError,
-    Transport, WorkerInfo, local, shm, tcp,
+    Channel, CloseCause, Decision, End, Frame, JobKey, Limits, NoSlabs, Placer, ProtocolError, Route, Small,
+    TransferError, Transport, WorkerInfo, local, shm, tcp,
 };
 
 /// How often a stopping driver looks whether all goodbyes are taken.
@@ -85,6 +85,13 @@ pub trait Peer: Send + Sync + 'static {
     /// # Errors
     /// A [`ProtocolError`] closes the endpoint.
     fn on_frame(&self, endpoint: &Arc<Endpoint>, frame: Frame, turn: &mut Turn) -> Result<(), ProtocolError>;
+    /// As [`Peer::on_frame`], of a frame that lies in the reader's buffer still.
+    ///
+    /// # Errors
+    /// As of [`Peer::on_frame`].
+    fn on_small(&self, endpoint: &Arc<Endpoint>, small: &Small<'_>, turn: &mut Turn) -> Result<(), ProtocolError> {
+        self.on_frame(endpoint, small.to_frame(), turn)
+    }
     /// The endpoint closed. Called once.
     fn on_closed(&self, endpoint: &Arc<Endpoint>, cause: &Arc<CloseCause>);
     /// Fails what is overdue; gives the next deadline.
@@ -476,7 +483,10 @@ impl Driver {
     /// Makes the leader look at the deadlines at `when`.
     pub fn schedule(&self, when: Instant) {
         let when_us = self.micros(when);
-        self.next_timer_us.fetch_min(when_us, Ordering::SeqCst);
+        // Who takes the timer looks for what is due afterwards, so that what it was set for before this is seen then, too.
+        if self.next_timer_us.load(Ordering::SeqCst) > when_us {
+            self.next_timer_us.fetch_min(when_us, Ordering::SeqCst);
+        }
         match &self.engine {
             Engine::Simulated(host) => host.arm_timer(when),
             Engine::System(_) if when_us < self.sleeping_until_us.load(Ordering::SeqCst) => self.wake_leader(),
@@ -490,7 +500,8 @@ impl Driver {
     }
 
     fn micros(&self, when: Instant) -> u64 {
-        when.saturating_duration_since(self.started).as_micros().min(u128::from(u64::MAX)) as u64
+        let since = when.saturating_duration_since(self.started);
+        since.as_secs().saturating_mul(1_000_000).saturating_add(u64::from(since.subsec_micros()))
     }
 
     fn wake_leader(&self) {

@@ -51,7 +51,8 @@ use crate::sim::Census;
 use crate::socket::Socket;
 use crate::tcp::{self, Progress, Wait};
 use crate::{
-    CloseCause, Frame, NoSlabs, Passing, ProtocolError, Route, TransferError, WorkerId, WorkerInfo, life, passing, shm,
+    CloseCause, Frame, NoSlabs, Passing, ProtocolError, Route, Small, TransferError, WorkerId, WorkerInfo, life,
+    passing, shm,
 };
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
@@ -327,6 +328,19 @@ impl Endpoint {
         if let Some(cause) = self.cause.get() {
             return Err(TransferError::Closed { cause: Arc::clone(cause) });
         }
+        let is_announced =
+            announce.is_none() || tx.announced.get(outbound.function as usize).is_some_and(|known| *known);
+        if outbound.tensors.is_empty() && is_announced {
+            match self.send_small(&mut tx, outbound, flush) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(cause) => {
+                    drop(tx);
+                    self.close(cause);
+                    return Ok(());
+                }
+            }
+        }
         let config = self.driver.config();
         self.return_leases(&mut tx.wire);
         let Tx { wire, sent, taken, next_transfer, announced, passing, .. } = &mut *tx;
@@ -463,6 +477,11 @@ impl Endpoint {
                     return Ok(());
                 }
             }
+        }
+        if let Some((_, ring)) = &mut tx.ring
+            && ring.owes_wake()
+        {
+            self.wake_reader(ring);
         }
         tx.wire.clear();
         tx.wire.shrink_to(WIRE_KEPT_BYTES);
@@ -684,7 +703,11 @@ impl Endpoint {
             Progress::Bytes(_) => {}
         }
         let mut input = bytes;
-        while let Some(received) = rx.receiver.feed(&mut input)? {
+        loop {
+            while let Some(small) = rx.receiver.small(&mut input) {
+                self.deliver_small(&small, turn)?;
+            }
+            let Some(received) = rx.receiver.feed(&mut input)? else { break };
             match received {
                 Received::Frame(frame) if frame.kind == Kind::Rings && self.status() == Status::Open => {
                     self.on_rings(rx)?;
@@ -707,6 +730,13 @@ impl Endpoint {
             }
         }
         Ok(())
+    }
+
+    fn deliver_small(self: &Arc<Self>, small: &Small<'_>, turn: &mut Turn) -> Result<(), CloseCause> {
+        match self.peer.get() {
+            Some(peer) if self.status() == Status::Open => Ok(peer.on_small(self, small, turn)?),
+            _ => self.deliver(small.to_frame(), turn),
+        }
     }
 
     fn deliver(self: &Arc<Self>, frame: Frame, turn: &mut Turn) -> Result<(), CloseCause> {
@@ -961,7 +991,7 @@ impl Endpoint {
             self.return_leases(&mut tx.wire);
         }
         if let Some((_, ring)) = &mut tx.ring {
-            ring.release_idle_pages();
+            ring.look_at_pages();
         }
         // Bytes that wait to leave will say the same.
         if idle && self.cause.get().is_none() {

@@ -89,12 +89,20 @@ impl Kind {
     /// The kind with this wire code.
     pub fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        [
-            Hello, Welcome, Function, Request, Reply, Error, Cancel, Close, OpenBulk, Chunk, Ping, Slab, Retire,
-            Release, Rings, Challenge, Proof,
-        ]
-        .into_iter()
-        .find(|kind| *kind as u8 == code)
+        const KINDS: [Option<Kind>; 22] = {
+            let all = [
+                Hello, Welcome, Function, Request, Reply, Error, Cancel, Close, OpenBulk, Chunk, Ping, Slab, Retire,
+                Release, Rings, Challenge, Proof,
+            ];
+            let mut kinds = [None; 22];
+            let mut index = 0;
+            while index < all.len() {
+                kinds[all[index] as usize] = Some(all[index]);
+                index += 1;
+            }
+            kinds
+        };
+        KINDS.get(usize::from(code)).copied().flatten()
     }
 }
 
@@ -135,6 +143,7 @@ impl Header {
     ///
     /// # Errors
     /// [`ProtocolError`] for a wrong magic, version or kind, and for every length above its limit.
+    #[inline]
     pub fn parse(bytes: &[u8; HEADER_BYTES], limits: &Limits) -> Result<(Self, Kind), ProtocolError> {
         let header: Self = bytemuck::pod_read_unaligned(bytes);
         if header.magic != MAGIC {
@@ -162,6 +171,30 @@ impl Header {
         let payload_max = if kind == Kind::Chunk { limits.chunk_bytes_max } else { limits.inline_bytes_max };
         limit("payload bytes in one frame", header.payload_len, payload_max)?;
         Ok((header, kind))
+    }
+
+    /// The header of a call's frame that has nothing but metadata; of any other, and of one that is wrong, [`Self::parse`] says
+    /// more.
+    #[inline]
+    pub(crate) fn parse_small(bytes: &[u8; HEADER_BYTES], limits: &Limits, digests: bool) -> Option<(Self, Kind)> {
+        let header: Self = bytemuck::pod_read_unaligned(bytes);
+        let kind = match header.kind {
+            4 => Kind::Request,
+            5 => Kind::Reply,
+            6 => Kind::Error,
+            7 => Kind::Cancel,
+            _ => return None,
+        };
+        let flags = if kind == Kind::Request && digests { WANTS_DIGESTS } else { 0 };
+        let is_plain = header.magic == MAGIC
+            && header.version == VERSION
+            && header.flags & !flags == 0
+            && header.credit | header.reserved == 0
+            && header.tensors | header.ext_len == 0
+            && header.table_len == 0
+            && header.payload_len == 0
+            && u64::from(header.meta_len) <= limits.metadata_bytes_max;
+        is_plain.then_some((header, kind))
     }
 
     /// What a header must keep to where digests were not agreed on.

@@ -64,7 +64,7 @@ pub use life::LifeAddress;
 pub use local::{LocalAddress, Transport};
 pub use negotiate::{Carriage, Channel, Decision, End, Obstacle, Verdict, negotiate};
 pub use passing::{NoSlabs, Passing};
-pub use receive::{Arriving, Frame, Placer, Unanswered};
+pub use receive::{Arriving, Frame, Placer, Small, Unanswered};
 #[doc(hidden)]
 pub use repeats::Repeats;
 pub use shm::{LENT_BYTES_MIN, no_slabs};

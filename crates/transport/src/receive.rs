@@ -48,6 +48,40 @@ pub struct Frame {
     pub digests: Digests,
 }
 
+/// A frame of a call without tensors, in the bytes as they came: nothing of it was copied or allocated.
+#[derive(Clone, Copy, Debug)]
+pub struct Small<'a> {
+    /// A request, its answer, or its cancellation.
+    pub kind: Kind,
+    /// The call it belongs to.
+    pub call: u64,
+    /// The interned function, for requests.
+    pub function: u32,
+    /// Microseconds the caller still waits, 0 for no limit.
+    pub deadline_us: u64,
+    /// The answer's tensors are to have digests.
+    pub wants_digests: bool,
+    /// The encoded value.
+    pub metadata: &'a [u8],
+}
+
+impl Small<'_> {
+    /// The same, owned.
+    pub fn to_frame(&self) -> Frame {
+        Frame {
+            kind: self.kind,
+            call: self.call,
+            function: self.function,
+            deadline_us: self.deadline_us,
+            metadata: self.metadata.to_vec(),
+            tensors: Vec::new(),
+            unanswered: Unanswered::default(),
+            devices: Vec::new(),
+            digests: Digests { wanted: self.wants_digests, tensors: Vec::new() },
+        }
+    }
+}
+
 /// Tensor bytes of one peer's requests that have come, or are coming, and are not answered (LIMITS).
 #[derive(Debug, Default)]
 pub(crate) struct Inflow(AtomicU64);
@@ -249,6 +283,21 @@ impl Receiver {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The frame at the start of `input`, if it is a call's, has no tensors and is there as a whole. Else nothing is consumed, and
+    /// [`Self::feed`] reads on: what it gives for the same bytes is the same.
+    #[inline]
+    pub(crate) fn small<'a>(&self, input: &mut &'a [u8]) -> Option<Small<'a>> {
+        if self.head_len > 0 || !matches!(self.state, State::Head) {
+            return None;
+        }
+        let (head, rest) = input.split_first_chunk::<HEADER_BYTES>()?;
+        let (header, kind) = Header::parse_small(head, &self.limits, self.digests)?;
+        let (metadata, rest) = rest.split_at_checked(header.meta_len as usize)?;
+        *input = rest;
+        let Header { call, function, deadline_us, flags, .. } = header;
+        Some(Small { kind, call, function, deadline_us, wants_digests: flags & WANTS_DIGESTS != 0, metadata })
     }
 
     /// Consumes bytes of `input` up to the end of one frame, or all of them.

@@ -85,7 +85,7 @@ pub(crate) fn on_host<T>(x: &Tensor, look: impl FnOnce(&[u8]) -> T) -> farcall::
 const COPY_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Adds one: the smallest call.
-#[farcall::function(name = "bench::call")]
+#[farcall::function(name = "bench::call", inline)]
 pub(crate) fn call(x: u64) -> u64 {
     x.wrapping_add(1)
 }

@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 const PAGE_BYTES: u64 = 4096;
 /// How long a side looks before it sleeps, if it looks: longer than the other needs.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long a side looks before it lets others have its processor between looks.
+const ALONE: Duration = Duration::from_micros(10);
 /// How long a side waits for the other.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// How long the answering thread stays without a question.
@@ -82,12 +84,17 @@ impl Page {
     pub(crate) fn round_trip(&mut self) -> io::Result<()> {
         self.asked = self.asked.wrapping_add(1);
         self.say(0, self.asked)?;
-        if self.polled && self.look(1, self.asked.wrapping_sub(1)) {
+        let deadline = Instant::now() + ANSWER_MAX;
+        if self.polled {
+            while !self.look(1, self.asked.wrapping_sub(1)) {
+                // Whoever has looked for long sleeps.
+                wake(self.word(0), Flags::empty(), 1)?;
+                if Instant::now() > deadline {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
             return Ok(());
         }
-        // Whoever has looked for long sleeps.
-        wake(self.word(0), Flags::empty(), 1)?;
-        let deadline = Instant::now() + ANSWER_MAX;
         loop {
             let answer = self.word(1).load(Ordering::Acquire);
             if answer == self.asked {
@@ -127,7 +134,7 @@ impl Page {
 
     /// Whether the word is another within [`LOOK`].
     fn look(&self, index: usize, value: u32) -> bool {
-        let until = Instant::now() + LOOK;
+        let began = Instant::now();
         loop {
             for _ in 0..64 {
                 if self.word(index).load(Ordering::Acquire) != value {
@@ -135,8 +142,11 @@ impl Page {
                 }
                 std::hint::spin_loop();
             }
-            if Instant::now() > until {
-                return false;
+            match began.elapsed() {
+                looked if looked > LOOK => return false,
+                // On one processor, the other cannot answer while this one looks.
+                looked if looked > ALONE => std::thread::yield_now(),
+                _ => {}
             }
         }
     }

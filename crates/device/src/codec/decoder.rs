@@ -29,6 +29,7 @@ pub(super) struct Decoder<'de> {
 }
 
 impl<'de> Decoder<'de> {
+    #[inline]
     pub(super) fn new(bytes: &'de [u8], tensors: &'de [Tensor], context: &'de mut dyn Any) -> Self {
         let used_ahead = BTreeSet::new();
         Self {
@@ -74,6 +75,7 @@ impl<'de> Decoder<'de> {
     }
 
     /// Checks that nothing is left over (C2).
+    #[inline]
     pub(super) fn finish(self) -> Result<(), CodecError> {
         match self.bytes.len() - self.at {
             0 if self.used < self.tensors.len() => Err(CodecError::UnusedTensor { index: self.used }),
@@ -103,12 +105,45 @@ impl<'de> Decoder<'de> {
     }
 
     fn byte(&mut self) -> Result<u8, CodecError> {
-        self.array().map(|[byte]| byte)
+        let byte =
+            self.bytes.get(self.at).ok_or(CodecError::Truncated { at: self.at, want_bytes: 1, left_bytes: 0 })?;
+        self.at += 1;
+        Ok(*byte)
     }
 
     /// A number of at most `bits` bits, 7 a byte, the lowest first.
+    #[inline]
     fn varint(&mut self, bits: u32) -> Result<u128, CodecError> {
+        match self.bytes.get(self.at) {
+            // Most are small.
+            Some(byte) if *byte < 0x80 && bits > 7 => {
+                self.at += 1;
+                Ok(u128::from(*byte))
+            }
+            _ => self.long_varint(bits),
+        }
+    }
+
+    fn long_varint(&mut self, bits: u32) -> Result<u128, CodecError> {
         let start = self.at;
+        if bits <= 64 {
+            let mut value = 0_u64;
+            let mut shift = 0;
+            while shift < bits {
+                let byte = self.byte()?;
+                let digit = byte & 0x7f;
+                // The last byte's upper digits would be shifted out.
+                if bits - shift < 7 && digit >> (bits - shift) != 0 {
+                    break;
+                }
+                value |= u64::from(digit) << shift;
+                if byte < 0x80 {
+                    return Ok(u128::from(value));
+                }
+                shift += 7;
+            }
+            return Err(CodecError::Invalid { what: "varint", at: start });
+        }
         let mut value = 0;
         for shift in (0..bits).step_by(7) {
             let byte = self.byte()?;

@@ -19,6 +19,7 @@ pub(super) struct Encoder<'a> {
 }
 
 impl<'a> Encoder<'a> {
+    #[inline]
     pub(super) fn new(bytes: &'a mut Vec<u8>, tensors: &'a mut Vec<Tensor>, context: &'a mut dyn Any) -> Self {
         let tensors_before = tensors.len();
         Self { bytes, tensors, tensors_before, depth: 0, empty_elements: 0, context }
@@ -35,6 +36,7 @@ impl<'a> Encoder<'a> {
         self.context
     }
 
+    #[inline]
     fn varint(&mut self, mut value: u64) {
         while value >= 0x80 {
             self.bytes.push(value as u8 | 0x80);

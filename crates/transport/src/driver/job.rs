@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::Driver;
 use crate::endpoint::Endpoint;
 
 /// A job up to this long is short: a switch of threads would cost about as much.
@@ -68,12 +69,19 @@ impl JobCost {
 pub struct Turn {
     pub(super) jobs: Vec<Job>,
     pub(super) dirty: Vec<Arc<Endpoint>>,
+    /// When the frames at hand were read.
+    now: Option<Instant>,
 }
 
 impl Turn {
     /// Runs `job` on the pool once the frames at hand are read.
     pub fn spawn(&mut self, job: Job) {
         self.jobs.push(job);
+    }
+
+    /// When the frames at hand were read: one look at the clock for all of them.
+    pub fn now(&mut self, driver: &Driver) -> Instant {
+        *self.now.get_or_insert_with(|| driver.now())
     }
 
     /// Nothing was gathered.
@@ -88,6 +96,7 @@ impl Turn {
     }
 
     pub(super) fn flush(&mut self) {
+        self.now = None;
         for endpoint in self.dirty.drain(..) {
             endpoint.flush();
         }

@@ -16,9 +16,9 @@ use std::time::Instant;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
-use super::{Endpoint, Rx, Status, Tx, lock, lost};
+use super::{Endpoint, Outbound, Rx, Status, Tx, lock, lost};
 use crate::driver::{Registration, Turn};
-use crate::frame::{FEATURE_RINGS, Header, Kind};
+use crate::frame::{FEATURE_RINGS, HEADER_BYTES, Header, Kind};
 use crate::receive::Receiver;
 use crate::shm::{RingReader, RingWriter, Rings, Sleeper};
 use crate::tcp::{Progress, Wait};
@@ -30,6 +30,8 @@ const BATCH_BYTES: usize = 32 << 10;
 const BATCHES: usize = 8;
 /// Batches that come while a ring is left, until it is the leader's.
 const LEAVING_BATCHES: usize = 2;
+/// Metadata that a frame may have that is copied to the ring as a whole.
+const SMALL_BYTES_MAX: usize = 4 << 10;
 /// Reads of the socket until others have theirs.
 const BELLS: usize = 16;
 
@@ -185,12 +187,42 @@ impl Endpoint {
             }
         }
         if wakes {
-            self.took.store(self.driver.beats(), Ordering::Relaxed);
-            if ring.wake() == Sleeper::Driver {
-                self.ring_bell();
-            }
+            self.wake_reader(ring);
         }
         Ok(bell_fits)
+    }
+
+    /// What was written to the ring is to be read.
+    pub(super) fn wake_reader(&self, ring: &mut RingWriter) {
+        self.took.store(self.driver.beats(), Ordering::Relaxed);
+        if ring.wake() == Sleeper::Driver {
+            self.ring_bell();
+        }
+    }
+
+    /// A frame without tensors straight to the ring, if nothing waits before it; `false` if it must go the long way. Without
+    /// `flush` its reader sees it with the next flush.
+    pub(super) fn send_small(&self, tx: &mut Tx, outbound: &Outbound<'_>, flush: bool) -> Result<bool, CloseCause> {
+        let Tx { wire, taken, ring: Some((from, ring)), passing, .. } = tx else { return Ok(false) };
+        let may_pass = wire.is_empty() && passing.is_empty() && *taken >= *from && self.returns.is_empty();
+        if !may_pass || outbound.digests.is_some() || outbound.metadata.len() > SMALL_BYTES_MAX {
+            return Ok(false);
+        }
+        let header = Header {
+            call: outbound.call,
+            function: outbound.function,
+            deadline_us: outbound.deadline_us,
+            meta_len: outbound.metadata.len() as u32,
+            ..Header::new(outbound.kind)
+        };
+        if !ring.stage([header.as_bytes(), outbound.metadata])? {
+            return Ok(false);
+        }
+        *taken += (HEADER_BYTES + outbound.metadata.len()) as u64;
+        if flush {
+            self.wake_reader(ring);
+        }
+        Ok(true)
     }
 
     /// Wakes the peer's driver. A socket that is full of such bytes wakes it, too; one that has ended is told by reading.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use farcall_device::Storage;
@@ -68,6 +69,8 @@ impl Borrower {
 #[derive(Default)]
 pub(crate) struct Returns {
     queue: Mutex<Queue>,
+    /// The queue's leases; who drops a tensor and then sends sees its own.
+    waiting: AtomicUsize,
     endpoint: OnceLock<Weak<Endpoint>>,
 }
 
@@ -95,6 +98,7 @@ impl Returns {
         let hurry = {
             let mut queue = lock(&self.queue);
             queue.leases.push(lease);
+            self.waiting.store(queue.leases.len(), Ordering::Relaxed);
             queue.bytes += bytes;
             let much = queue.leases.len() >= RETURNS_MAX || queue.bytes >= RETURN_BYTES_MAX;
             let asked = queue.hurried;
@@ -106,12 +110,18 @@ impl Returns {
         }
     }
 
+    /// There are none to return.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) == 0
+    }
+
     /// Appends the frames that return them all.
     pub(crate) fn write(&self, limits: &Limits, wire: &mut Vec<u8>) {
-        let mut queue = lock(&self.queue);
-        if queue.leases.is_empty() {
+        if self.is_empty() {
             return;
         }
+        let mut queue = lock(&self.queue);
+        self.waiting.store(0, Ordering::Relaxed);
         for leases in queue.leases.chunks((limits.metadata_bytes_max as usize / 8).max(1)) {
             let header = Header { meta_len: 8 * leases.len() as u32, ..Header::new(Kind::Release) };
             wire.extend_from_slice(header.as_bytes());
@@ -234,6 +244,7 @@ mod tests {
     fn returns_are_frames_of_leases() {
         let returns = Returns::default();
         lock(&returns.queue).leases.extend([1, 2, 3]);
+        returns.waiting.store(3, Ordering::Relaxed);
         let mut wire = Vec::new();
         let limits = Limits { metadata_bytes_max: 16, ..Limits::default() };
         returns.write(&limits, &mut wire);

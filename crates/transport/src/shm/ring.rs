@@ -16,8 +16,8 @@
 //!
 //! Both processes can write all of it, and neither trusts it: bytes are copied out before they are parsed, positions are checked,
 //! and each side keeps its own. A ring that was written into costs the two that share it their connection, and nobody else
-//! anything. The file is sealed, so no read of it ends a process. Its pages are there from the start, so that no call waits for one,
-//! and are given back after a while in which nothing passed.
+//! anything. The file is sealed, so no read of it ends a process. Its pages are there from the start, so that no call waits for one;
+//! they are given back after a while in which nothing passed, and come again, on the watchdog's thread, where much does.
 //!
 //! Invariant D1: bytes are read in the order in which they were sent, those by the socket first.
 
@@ -38,12 +38,18 @@ use super::lane::{self, Corrupt, Lane};
 use super::memory_file;
 use crate::ProtocolError;
 
-/// Bytes of a direction: some hundred small frames, so that thousands of calls in flight seldom wait for room.
-const RING_BYTES: usize = 64 << 10;
+/// Bytes of a direction: some thousand small frames, so that as many calls in flight seldom wait for room.
+const RING_BYTES: usize = 128 << 10;
 const PAGE_BYTES: usize = 4096;
+/// Wakes until the sender looks again on which processor it is: threads seldom move.
+const LOOK_AT_PROCESSOR: u32 = 8;
+/// Staged bytes from which on the receiver sees them, though more come: it begins while the sender goes on.
+const STAGED_BYTES_MAX: u64 = 1 << 10;
 const FILE_BYTES: usize = PAGE_BYTES + 2 * RING_BYTES;
 /// Heartbeats without a byte after which a ring's pages are given back.
 const IDLE_BEATS: u32 = 25;
+/// Bytes after which all of them are mapped at once again.
+const BUSY_BYTES: u64 = 8 << 10;
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 const _: () = assert!(2 * size_of::<Lane>() <= PAGE_BYTES && RING_BYTES.is_power_of_two());
@@ -105,7 +111,7 @@ impl Rings {
     }
 
     fn map(file: OwnedFd, dialed: bool) -> io::Result<Self> {
-        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
+        let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory that exists.
         let start = unsafe { rustix::mm::mmap(ptr::null_mut(), FILE_BYTES, access, flags, &file, 0)? };
         let start = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
@@ -113,7 +119,11 @@ impl Rings {
         if let Err(errno) = unsafe { rustix::mm::madvise(start.as_ptr().cast(), FILE_BYTES, Advice::LinuxDontFork) } {
             tracing::debug!(%errno, "a forked child will hold a ring");
         }
-        Ok(Self { start, dialed, file: (Kept::new(&file), file) })
+        let rings = Self { start, dialed, file: (Kept::new(&file), file) };
+        // Either side writes one of them first; who only reads maps what is there.
+        [true, false].into_iter().for_each(|sends| rings.populate(sends));
+        rings.advise(rings.start, PAGE_BYTES, Advice::LinuxPopulateWrite);
+        Ok(rings)
     }
 
     /// Of the bytes that this side sends, or of those that it receives.
@@ -129,6 +139,31 @@ impl Rings {
         let index = usize::from(self.dialed != sends);
         // SAFETY: in the mapping.
         unsafe { self.start.add(PAGE_BYTES + index * RING_BYTES) }
+    }
+
+    /// Maps all pages that this side sends by, or receives by.
+    fn populate(&self, sends: bool) {
+        let advice = if sends { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+        self.advise(self.bytes(sends), RING_BYTES, advice);
+    }
+
+    /// Of `len` bytes of the mapping from `start` on.
+    fn advise(&self, start: NonNull<u8>, len: usize, advice: Advice) {
+        // SAFETY: in our mapping; to map pages leaves their contents as they are.
+        if let Err(errno) = unsafe { rustix::mm::madvise(start.as_ptr().cast(), len, advice) } {
+            tracing::debug!(%errno, "a busy ring's pages come one by one");
+        }
+    }
+
+    /// Gives the pages that this side sends by back to the system.
+    fn release(&self) -> bool {
+        let offset = PAGE_BYTES + usize::from(!self.dialed) * RING_BYTES;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let released = rustix::fs::fallocate(self.file().as_fd(), flags, offset as u64, RING_BYTES as u64);
+        if let Err(errno) = released {
+            tracing::debug!(%errno, "an idle ring keeps its pages");
+        }
+        released.is_ok()
     }
 
     /// What is said to a peer that sleeps in its heartbeat's stead.
@@ -200,14 +235,17 @@ fn pieces(position: u64, len: usize) -> [(usize, usize); 2] {
 pub(crate) struct RingWriter {
     rings: Arc<Rings>,
     tail: u64,
+    /// How far the receiver may read.
+    published: u64,
+    /// It may sleep, and was not woken for what was staged.
+    owes_wake: bool,
     /// As last seen.
     head: u64,
-    /// Where it was when its pages were last given back, and at the last heartbeat; how many found it there.
-    released: u64,
-    looked_at: u64,
-    idle_beats: u32,
-    /// Where it was last written, as the peer is told.
+    outgoing: Pages,
+    incoming: Pages,
+    /// Where it was last written, as the peer is told, and how often since it was looked at.
     processor: u32,
+    wakes: u32,
 }
 
 /// Whom to wake, after bytes were written.
@@ -220,18 +258,64 @@ pub(crate) enum Sleeper {
 
 impl RingWriter {
     pub(crate) fn new(rings: &Arc<Rings>) -> Self {
-        Self { rings: Arc::clone(rings), tail: 0, head: 0, released: 0, looked_at: 0, idle_beats: 0, processor: 0 }
+        Self {
+            rings: Arc::clone(rings),
+            tail: 0,
+            published: 0,
+            owes_wake: false,
+            head: 0,
+            outgoing: Pages::new(),
+            incoming: Pages::new(),
+            processor: 0,
+            wakes: 0,
+        }
+    }
+
+    /// Bytes that can be written, if there is room for `wanted`; else as few as there may be.
+    fn room(&mut self, wanted: usize) -> Result<usize, ProtocolError> {
+        let room = RING_BYTES - (self.tail - self.head) as usize;
+        if room >= wanted {
+            return Ok(room);
+        }
+        self.head = self.rings.lane(true).head(self.tail, RING_BYTES as u64)?;
+        Ok(RING_BYTES - (self.tail - self.head) as usize)
     }
 
     /// Copies as many of `bytes` as there is room for, and gives how many. The receiver sees them.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<usize, ProtocolError> {
-        let lane = self.rings.lane(true);
-        let mut room = RING_BYTES - (self.tail - self.head) as usize;
-        if room < bytes.len() {
-            self.head = lane.head(self.tail, RING_BYTES as u64)?;
-            room = RING_BYTES - (self.tail - self.head) as usize;
+        let len = self.room(bytes.len())?.min(bytes.len());
+        self.copy(&bytes[..len]);
+        self.publish();
+        Ok(len)
+    }
+
+    /// Copies all of `parts`, or nothing if there is no room. The receiver sees them with [`Self::wake`] at the latest.
+    pub(crate) fn stage(&mut self, parts: [&[u8]; 2]) -> Result<bool, ProtocolError> {
+        let len = parts[0].len() + parts[1].len();
+        if self.room(len)? < len {
+            return Ok(false);
         }
-        let len = room.min(bytes.len());
+        parts.into_iter().for_each(|part| self.copy(part));
+        self.owes_wake = true;
+        if self.tail - self.published >= STAGED_BYTES_MAX {
+            self.publish();
+        }
+        Ok(true)
+    }
+
+    /// Bytes were staged since the last [`Self::wake`].
+    pub(crate) fn owes_wake(&self) -> bool {
+        self.owes_wake
+    }
+
+    fn publish(&mut self) {
+        self.published = self.tail;
+        self.rings.lane(true).publish(self.tail);
+    }
+
+    /// There is room.
+    fn copy(&mut self, bytes: &[u8]) {
+        let len = bytes.len();
         let target = self.rings.bytes(true);
         let mut from = 0;
         for (at, count) in pieces(self.tail, len) {
@@ -242,8 +326,6 @@ impl RingWriter {
             from += count;
         }
         self.tail += len as u64;
-        lane.publish(self.tail);
-        Ok(len)
     }
 
     /// Nothing fits: whether something does after all. If not, the receiver will say when it does, by a byte on the socket.
@@ -260,13 +342,20 @@ impl RingWriter {
         head.is_ok_and(|head| RING_BYTES - (self.tail - head) as usize >= len)
     }
 
-    /// After the last [`Self::write`] of several: wakes a thread that sleeps, or says that the driver does.
+    /// After the last [`Self::write`] or [`Self::stage`] of several: wakes a thread that sleeps, or says that the driver does.
     pub(crate) fn wake(&mut self) -> Sleeper {
-        let lane = self.rings.lane(true);
-        let processor = processor();
-        if std::mem::replace(&mut self.processor, processor) != processor {
-            lane.set_processor(processor);
+        self.owes_wake = false;
+        if self.tail > self.published {
+            self.publish();
         }
+        let lane = self.rings.lane(true);
+        if self.wakes.is_multiple_of(LOOK_AT_PROCESSOR) {
+            let processor = processor();
+            if std::mem::replace(&mut self.processor, processor) != processor {
+                lane.set_processor(processor);
+            }
+        }
+        self.wakes = self.wakes.wrapping_add(1);
         match lane.take_sleeper() {
             lane::AWAKE => Sleeper::Nobody,
             lane::THREAD => {
@@ -278,24 +367,69 @@ impl RingWriter {
         }
     }
 
-    /// At each heartbeat: after some without a byte, the ring's pages go back to the system.
-    pub(crate) fn release_idle_pages(&mut self) {
-        let idle = std::mem::replace(&mut self.looked_at, self.tail) == self.tail;
+    /// At each heartbeat: pages come where much passes, and go back to the system where nothing does.
+    pub(crate) fn look_at_pages(&mut self) {
+        match self.incoming.look(self.rings.signs().1) {
+            Change::Come => self.rings.populate(false),
+            // The sender gives them back.
+            Change::Go(position) => self.incoming.released(position),
+            Change::None => {}
+        }
+        match self.outgoing.look(self.tail) {
+            Change::Come => self.rings.populate(true),
+            Change::Go(position) => {
+                // Bytes that wait to be read stay.
+                let is_read = self.rings.lane(true).head(self.tail, RING_BYTES as u64) == Ok(self.tail);
+                if is_read && self.rings.release() {
+                    self.outgoing.released(position);
+                }
+            }
+            Change::None => {}
+        }
+    }
+}
+
+/// How the pages of a direction come and go with what passes, of which it is told at each heartbeat.
+#[derive(Debug)]
+struct Pages {
+    /// Where the last heartbeat found it, and how many have since.
+    looked_at: u64,
+    idle_beats: u32,
+    /// Where it was when none was there, if that was ever so.
+    none_at: Option<u64>,
+    populated: bool,
+}
+
+enum Change {
+    None,
+    /// All should be there, before a call needs the next.
+    Come,
+    /// None is needed, after so many bytes.
+    Go(u64),
+}
+
+impl Pages {
+    /// Of a new ring: they are there.
+    fn new() -> Self {
+        Self { looked_at: 0, idle_beats: 0, none_at: None, populated: true }
+    }
+
+    fn look(&mut self, position: u64) -> Change {
+        let idle = std::mem::replace(&mut self.looked_at, position) == position;
         self.idle_beats = if idle { self.idle_beats.saturating_add(1) } else { 0 };
-        // None are left to give, but for the few that little traffic has taken since.
-        let given = self.released > 0 && self.tail.saturating_sub(self.released) <= PAGE_BYTES as u64;
-        if self.idle_beats < IDLE_BEATS || given {
-            return;
+        // A peer may write any position.
+        let passed = position.saturating_sub(self.none_at.unwrap_or(0));
+        if !self.populated && !idle && passed >= BUSY_BYTES {
+            self.populated = true;
+            return Change::Come;
         }
-        if self.rings.lane(true).head(self.tail, RING_BYTES as u64) != Ok(self.tail) {
-            return;
-        }
-        let offset = PAGE_BYTES + usize::from(!self.rings.dialed) * RING_BYTES;
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(self.rings.file().as_fd(), flags, offset as u64, RING_BYTES as u64) {
-            Ok(()) => self.released = self.tail.max(1),
-            Err(errno) => tracing::debug!(%errno, "an idle ring keeps its pages"),
-        }
+        // The few that little traffic has taken may stay.
+        let go = self.idle_beats >= IDLE_BEATS && (passed > PAGE_BYTES as u64 || self.none_at.is_none());
+        if go { Change::Go(position) } else { Change::None }
+    }
+
+    fn released(&mut self, position: u64) {
+        (self.none_at, self.populated) = (Some(position), false);
     }
 }
 
@@ -399,9 +533,32 @@ mod tests {
     }
 
     #[test]
+    fn what_is_staged_is_seen_after_a_while_or_with_the_wake() {
+        let (mut writer, mut reader) = ends();
+        let mut buffer = vec![0; RING_BYTES];
+        assert!(writer.stage([&[1; 64], &[2; 3]]).unwrap() && writer.owes_wake());
+        assert_eq!(reader.read(&mut buffer).unwrap().0, 0);
+        writer.wake();
+        assert!(!writer.owes_wake());
+        assert_eq!(reader.read(&mut buffer).unwrap().0, 67);
+        assert_eq!(buffer[..67], [[1; 64].as_slice(), &[2; 3]].concat());
+        // Many together, without a wake.
+        (0..16).for_each(|_| assert!(writer.stage([&[1; 64], &[]]).unwrap()));
+        assert_eq!(reader.read(&mut buffer).unwrap().0, 1024);
+        assert!(writer.owes_wake(), "its reader may have gone to sleep before");
+        // All or nothing.
+        assert!(writer.stage([&vec![3; RING_BYTES - 10], &[]]).unwrap());
+        assert!(!writer.stage([&[4; 6], &[4; 5]]).unwrap());
+        assert!(writer.stage([&[4; 5], &[4; 5]]).unwrap());
+        writer.wake();
+        assert_eq!(reader.read(&mut buffer).unwrap().0, RING_BYTES);
+    }
+
+    #[test]
     fn pages_of_an_idle_ring_go_back_and_bytes_pass_again() {
         let (mut writer, mut reader) = ends();
-        assert_eq!(blocks(&writer), FILE_BYTES as i64 / 512, "all are there from the start");
+        let (words, ring) = (PAGE_BYTES as i64 / 512, RING_BYTES as i64 / 512);
+        assert_eq!(blocks(&writer), words + 2 * ring, "all are there from the start");
         let pass = |writer: &mut RingWriter, reader: &mut RingReader, len: usize| {
             let mut buffer = vec![0; len];
             assert_eq!(writer.write(&vec![7; len]).unwrap(), len);
@@ -409,25 +566,37 @@ mod tests {
             assert!(buffer.iter().all(|byte| *byte == 7));
         };
         pass(&mut writer, &mut reader, 10_000);
-        (0..IDLE_BEATS).for_each(|_| writer.release_idle_pages());
-        assert_eq!(blocks(&writer), FILE_BYTES as i64 / 512, "not yet");
-        writer.release_idle_pages();
-        assert_eq!(blocks(&writer), (FILE_BYTES - RING_BYTES) as i64 / 512, "the other direction's are its own");
+        (0..IDLE_BEATS).for_each(|_| writer.look_at_pages());
+        assert_eq!(blocks(&writer), words + 2 * ring, "not yet");
+        writer.look_at_pages();
+        assert_eq!(blocks(&writer), words + ring, "the other direction's are its own");
+        (0..2 * IDLE_BEATS).for_each(|_| writer.look_at_pages());
         pass(&mut writer, &mut reader, 100);
+        writer.look_at_pages();
+        assert!(blocks(&writer) <= 2 * words + ring, "little traffic takes what it needs");
+        pass(&mut writer, &mut reader, 10_000);
+        writer.look_at_pages();
+        assert_eq!(blocks(&writer), words + 2 * ring, "much has all");
         // Bytes that wait to be read stay.
         assert_eq!(writer.write(&[9; 20_000]).unwrap(), 20_000);
-        (0..2 * IDLE_BEATS).for_each(|_| writer.release_idle_pages());
+        (0..2 * IDLE_BEATS).for_each(|_| writer.look_at_pages());
         let mut buffer = [0; 20_000];
         assert_eq!(reader.read(&mut buffer).unwrap().0, 20_000);
         assert!(buffer.iter().all(|byte| *byte == 9));
     }
 
-    /// Of a side that has sent nothing yet.
+    /// Of a side that has sent nothing yet, and of a position that cannot be.
     #[test]
-    fn pages_of_a_ring_that_was_never_used_go_back_once() {
+    fn pages_of_a_ring_that_was_never_used_go_back_once_and_come_for_who_reads_much() {
         let (mut writer, _) = ends();
-        (0..3 * IDLE_BEATS).for_each(|_| writer.release_idle_pages());
+        (0..3 * IDLE_BEATS).for_each(|_| writer.look_at_pages());
         assert_eq!(blocks(&writer), (FILE_BYTES - RING_BYTES) as i64 / 512);
+        let mut pages = Pages::new();
+        pages.released(5000);
+        assert!(matches!(pages.look(7000), Change::None));
+        assert!(matches!(pages.look(20_000), Change::Come));
+        assert!(matches!(pages.look(40_000), Change::None));
+        assert!(matches!(pages.look(0), Change::None));
     }
 
     #[test]
