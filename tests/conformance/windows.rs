@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use farcall::Stage;
 use farcall::prelude::*;
+use farcall::{Stage, Transport};
 
 use crate::functions::{add, echo, gate, hash_after, hold, hold_async, pattern, relay, spin_inline};
 use crate::harness::{Group, block_on, bounded, counting, eventually, step, unique};
@@ -130,6 +130,28 @@ fn nested_calls_complete_with_a_single_handler_at_a_time() {
         // All to oneself, by no socket.
         let through: Vec<String> = vec!["w1".to_owned(); 64];
         assert_eq!(group.agents[0].to("w1").call(relay, (&through, 0)).wait().expect("a sum"), 65);
+        group.shutdown();
+    });
+}
+
+/// Over TCP, calls that are made at once leave together. Nobody waits for these, and no answer comes that would take them along.
+#[test]
+fn calls_that_nobody_waits_for_leave_soon_though_many_are_made_at_once() {
+    bounded(|| {
+        let group = Group::with(2, |options| options.transport = Transport::Tcp);
+        let (w1, key) = (group.agents[0].to("w1"), unique("gathered"));
+        for round in 1..=5 {
+            (0..100).for_each(|index| w1.call(hold_async, (&key, index)).detach());
+            assert!(gate(&key).wait_arrived(100 * round), "{}", gate(&key).arrived());
+        }
+        // A call behind them, and a task that waits for one.
+        (0..100).for_each(|index| w1.call(hold_async, (&key, index)).detach());
+        assert_eq!(w1.call(add, (1, 2)).wait().expect("a sum"), 3);
+        (0..100).for_each(|index| w1.call(hold_async, (&key, index)).detach());
+        assert_eq!(block_on(w1.call(add, (1, 2)).into_future()).expect("a sum"), 3);
+        assert!(gate(&key).wait_arrived(700));
+        gate(&key).open();
+        group.answers();
         group.shutdown();
     });
 }

@@ -66,6 +66,9 @@ const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 /// Measured: 16,700. More needs a reason in the commit that raises it.
 const INSTRUCTIONS_MAX: u64 = 17_500;
 
+/// One allocation in so many calls without tensors is for a batch of them. Measured: one in 27.
+const ALLOCATED_CALLS_MIN: u64 = 10;
+
 /// The time is for each of seven decoders.
 const FUZZ_STEP: &str = "fuzz --jobs 2 --seconds 60";
 
@@ -233,7 +236,27 @@ fn callgrind() -> StepResult {
             Shell::new("cargo xtask callgrind").failure(format!("{count} instructions, not 1 to {INSTRUCTIONS_MAX}"))
         );
     }
+    let (few, many) = (2000, 12_000);
+    let count = allocations(many)?.saturating_sub(allocations(few)?);
+    println!("{count} allocations in {} calls without tensors, 64 at a time", many - few);
+    if count > (many - few) / ALLOCATED_CALLS_MIN {
+        let message = format!("{count} allocations in {} calls without tensors: each should need none", many - few);
+        return Err(Shell::new("cargo xtask callgrind").failure(message));
+    }
     Ok(Outcome::Passed)
+}
+
+/// Allocations of a program that makes `calls` calls without tensors.
+fn allocations(calls: u64) -> Result<u64, Failure> {
+    let file = shell::target().join("allocations.out");
+    let program = shell::target().join("release/instructions");
+    let shell = Shell::new("valgrind").arg(format!("--log-file={}", file.display()));
+    let repeat = Shell::new("cargo xtask callgrind");
+    shell.arg(program).arg(calls.to_string()).arg("64").run_within(CALLGRIND_LIMIT)?;
+    let log = fs::read_to_string(&file).map_err(|error| repeat.failure(error.to_string()))?;
+    let total = log.lines().find_map(|line| line.split_once("total heap usage: ")?.1.split_once(" allocs"));
+    let total = total.and_then(|(count, _)| count.replace(',', "").parse().ok());
+    total.ok_or_else(|| repeat.failure("valgrind told no allocations"))
 }
 
 /// Instructions of a program that makes `calls` calls.

@@ -180,6 +180,10 @@ impl Slot {
         self.done = AtomicBool::new(false);
     }
 
+    pub(crate) fn made_at(&self) -> Instant {
+        self.deadline - self.after
+    }
+
     pub(crate) fn set_sent(&self) {
         self.sent.store(true, Ordering::Relaxed);
     }
@@ -407,6 +411,15 @@ impl<T> Reply<T> {
         Self { slot: Held(Some(slot)), sent, detached: false, read }
     }
 
+    /// Polls for the outcome; who has to wait for it waits for no other call to leave.
+    pub(crate) fn poll_slot(&self, waker: &Waker) -> Poll<Result<Encoded, CallError>> {
+        let polled = self.slot.poll(waker);
+        if let (Poll::Pending, Some(endpoint)) = (&polled, self.endpoint()) {
+            endpoint.flush_gathered();
+        }
+        polled
+    }
+
     fn endpoint(&self) -> Option<&Arc<Endpoint>> {
         self.sent.as_ref().map(|sent| &sent.connection.endpoint)
     }
@@ -523,7 +536,7 @@ impl<T> Reply<T> {
     /// # Errors
     /// As awaiting it: see [`CallError`].
     pub async fn on_each(self, streams: &[Stream]) -> Result<T, CallError> {
-        let Encoded { metadata, tensors } = std::future::poll_fn(|cx| self.slot.poll(cx.waker())).await?;
+        let Encoded { metadata, tensors } = std::future::poll_fn(|cx| self.poll_slot(cx.waker())).await?;
         let tensors = Ready::new(tensors).on_each(streams);
         self.read(&Encoded { metadata, tensors })
     }
@@ -534,7 +547,7 @@ impl<T> Reply<T> {
         T: Storages + Send + 'static,
     {
         DeviceFuture::from_future(async move {
-            let encoded = std::future::poll_fn(|cx| self.slot.poll(cx.waker())).await?;
+            let encoded = std::future::poll_fn(|cx| self.poll_slot(cx.waker())).await?;
             self.read(&encoded)
         })
     }
@@ -577,7 +590,7 @@ impl<T> Future for ReplyFuture<T> {
         let this = self.get_mut();
         loop {
             match &mut this.state {
-                ReadyState::Call => match this.reply.slot.poll(cx.waker()) {
+                ReadyState::Call => match this.reply.poll_slot(cx.waker()) {
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                     Poll::Ready(Ok(encoded)) => {

@@ -180,7 +180,7 @@ impl<T> Future for FillingFuture<T> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let Self { filling, filled } = &mut *self;
         if filled.is_none() {
-            let mut encoded = ready!(filling.reply.slot().poll(cx.waker()))?;
+            let mut encoded = ready!(filling.reply.poll_slot(cx.waker()))?;
             filling.fill(&mut encoded)?;
             let fences = Fences::of(&encoded.tensors);
             *filled = Some((encoded, fences));

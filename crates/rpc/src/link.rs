@@ -33,6 +33,9 @@ use crate::{CallError, CallId};
 
 /// Functions one peer may announce on one connection.
 const FUNCTIONS_MAX: usize = 1 << 16;
+/// So many calls on their way are many; those that are made within that time of each other are made at once.
+const MANY: usize = 8;
+const AT_ONCE: Duration = Duration::from_micros(20);
 /// Calls that may wait for one peer.
 const CALLS_MAX: usize = 1 << 16;
 
@@ -93,6 +96,18 @@ struct Calls {
     ended: usize,
     /// A thread sends from the queue: others add to its end, so that the order stays.
     draining: bool,
+    /// When the last call without tensors was made.
+    made_at: Option<Instant>,
+}
+
+impl Calls {
+    /// Whether a call that is made at `now` is one of many at once, which may leave together: others are on their way, so answers
+    /// come, and the last was made just now.
+    fn is_one_of_many(&mut self, now: Instant) -> bool {
+        let last = self.made_at.replace(now);
+        let at_once = last.is_some_and(|last| now.saturating_duration_since(last) < AT_ONCE);
+        at_once && self.table.sent() >= MANY
+    }
 }
 
 /// A request that is fit to be sent.
@@ -177,6 +192,7 @@ impl Link {
                 queue: VecDeque::new(),
                 ended: 0,
                 draining: false,
+                made_at: None,
             }),
             functions: Mutex::default(),
             serving: Arc::default(),
@@ -278,6 +294,7 @@ impl Link {
         let call = insert(&mut calls, slot)?;
         let first = calls.queue.is_empty() && !calls.draining;
         let admission = first.then(|| calls.table.admit(call, 0));
+        let gathers = calls.is_one_of_many(slot.made_at());
         drop(calls);
         if !self.keep_time(endpoint, slot, call) {
             return None;
@@ -290,7 +307,7 @@ impl Link {
         }
         let deadline_us = u64::try_from(slot.after.as_micros()).unwrap_or(u64::MAX).max(1);
         let outbound = Outbound { call, function: function.id, deadline_us, ..Outbound::new(Kind::Request, &metadata) };
-        self.send(endpoint, slot, function, &outbound);
+        self.send(endpoint, slot, function, &outbound, gathers);
         recycle(metadata);
         self.look_after(endpoint, slot, call).then_some(call)
     }
@@ -352,12 +369,17 @@ impl Link {
             devices,
             digests,
         };
-        self.send(endpoint, slot, function, &outbound);
+        self.send(endpoint, slot, function, &outbound, false);
     }
 
-    fn send(&self, endpoint: &Arc<Endpoint>, slot: &Slot, function: &Interned, outbound: &Outbound<'_>) {
+    fn send(&self, endpoint: &Arc<Endpoint>, slot: &Slot, function: &Interned, outbound: &Outbound<'_>, gathers: bool) {
         let call = outbound.call;
-        if let Err(error) = endpoint.send_to_function(outbound, &function.announcement) {
+        let sent = if gathers {
+            endpoint.gather_to_function(outbound, &function.announcement)
+        } else {
+            endpoint.send_to_function(outbound, &function.announcement)
+        };
+        if let Err(error) = sent {
             // Its close may have taken the slot already; a slot is completed once.
             lock(&self.calls).table.remove(call);
             slot.complete(Err(send_error(&slot.id, endpoint, error)));
@@ -380,7 +402,7 @@ impl Link {
         }
         loop {
             let mut calls = lock(&self.calls);
-            let Calls { table, queue, ended, draining } = &mut *calls;
+            let Calls { table, queue, ended, draining, .. } = &mut *calls;
             let next = queue.front().filter(|next| !next.must_wait(endpoint));
             let admission = next.map(|next| table.admit(next.call, next.bytes()));
             let request = match admission {

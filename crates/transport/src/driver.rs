@@ -35,7 +35,7 @@ pub(crate) use accept::{Awaited, Parsed, parse_message};
 use engine::{Engine, System};
 pub use job::{Job, JobCost, Turn};
 pub(crate) use pool::BEATS_MISSED;
-use pool::{Pool, WATCH_TICK};
+use pool::{Pool, WATCH_TICK, guarded};
 pub(crate) use sources::Registration;
 use sources::{LINGER, Source, Sources, close_all};
 pub(crate) use spin::Seen;
@@ -175,6 +175,8 @@ pub struct Driver {
     jobs_begun: AtomicU64,
     /// The watchdog ticks.
     watching: AtomicBool,
+    /// Endpoints with frames that wait for others: a tick later they have waited long enough.
+    gathered: Mutex<Vec<Arc<Endpoint>>>,
     /// Heartbeats so far: the clock that silence is measured by. It stands still while this process does.
     beats: AtomicU32,
     /// There may be somebody to send heartbeats to.
@@ -271,6 +273,7 @@ impl Driver {
             busy_term: AtomicU64::new(0),
             jobs_begun: AtomicU64::new(0),
             watching: AtomicBool::new(false),
+            gathered: Mutex::default(),
             beats: AtomicU32::new(0),
             beating: AtomicBool::new(false),
             next_timer_us: AtomicU64::new(u64::MAX),
@@ -349,6 +352,31 @@ impl Driver {
         lock(&self.unflushed).push(Arc::clone(endpoint));
         if self.sleeping_until_us.load(Ordering::SeqCst) != 0 {
             self.wake_leader();
+        }
+    }
+
+    /// Has the watchdog write what the endpoint gathers, if nobody else does.
+    pub(crate) fn watch_gathered(&self, endpoint: &Arc<Endpoint>) {
+        if endpoint.listed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        lock(&self.gathered).push(Arc::clone(endpoint));
+        self.jobs_begun.fetch_add(1, Ordering::SeqCst);
+        if !self.watching.swap(true, Ordering::SeqCst) {
+            self.tick_watchdog(WATCH_TICK);
+        }
+    }
+
+    /// At a tick. One that gathers again meanwhile is listed again, or flushed here.
+    fn flush_listed(&self) {
+        // Not under the lock: it is taken under `tx`.
+        let listed = std::mem::take(&mut *lock(&self.gathered));
+        for endpoint in listed {
+            endpoint.listed.store(false, Ordering::Relaxed);
+            guarded(&endpoint, || {
+                endpoint.flush_gathered();
+                false
+            });
         }
     }
 
@@ -435,7 +463,8 @@ impl Driver {
         // Endpoints hold the driver: nobody comes to flush those that a late drop of a tensor has left here.
         let unflushed = std::mem::take(&mut *lock(&self.unflushed));
         let hot = std::mem::take(&mut *lock(&self.hot));
-        drop((unflushed, hot));
+        let gathered = std::mem::take(&mut *lock(&self.gathered));
+        drop((unflushed, hot, gathered));
         let service = lock(&self.service).take();
         drop(service);
     }

@@ -59,6 +59,8 @@ use crate::{
 const RECV_BYTES: usize = 32 << 10;
 /// With so much unread, small frames at worst, a socket may be full: no more can come.
 const FULL_BYTES: u64 = 8 << 10;
+/// So many bytes need not wait for others.
+const GATHERED_BYTES_MAX: usize = 16 << 10;
 /// Room for outgoing frames that an endpoint keeps: two whole ones, so that steady traffic allocates nothing.
 const WIRE_KEPT_BYTES: usize = 160 << 10;
 
@@ -69,6 +71,15 @@ enum Status {
     Greeting,
     Open,
     Closed,
+}
+
+/// When a frame's bytes are handed to the kernel, or its ring published.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leave {
+    Now,
+    /// When what else the thread does is done.
+    WithTurn,
+    Gathered,
 }
 
 struct Rx {
@@ -134,6 +145,10 @@ pub struct Endpoint {
     /// What the last heartbeat found in the rings.
     signs: Mutex<(u32, u64)>,
     bulk_stalled: AtomicBool,
+    /// Frames wait in `tx` for others.
+    gathered: AtomicBool,
+    /// The watchdog will look whether they still do.
+    pub(crate) listed: AtomicBool,
     /// The last heartbeat of this side before bytes of the peer came.
     heard: AtomicU32,
     /// Bytes that the last heartbeat found unread: signs of life that it has counted.
@@ -248,6 +263,8 @@ impl Endpoint {
             spin: Seen::new(driver.config().spin),
             signs: Mutex::default(),
             bulk_stalled: AtomicBool::new(false),
+            gathered: AtomicBool::new(false),
+            listed: AtomicBool::new(false),
             heard: AtomicU32::new(driver.beats()),
             unread: AtomicU64::new(0),
             took: AtomicU32::new(driver.beats()),
@@ -294,17 +311,35 @@ impl Endpoint {
     /// # Errors
     /// [`TransferError::Closed`], [`TransferError::TooLarge`] (nothing was sent), or a tensor that cannot be read.
     pub fn send(self: &Arc<Self>, outbound: &Outbound<'_>) -> Result<(), TransferError> {
-        self.enqueue(outbound, None, true)
+        self.enqueue(outbound, None, Leave::Now)
     }
 
     /// As [`Self::send`], with `name` announced for the frame's function first if this connection does not know it.
     pub fn send_to_function(self: &Arc<Self>, outbound: &Outbound<'_>, name: &[u8]) -> Result<(), TransferError> {
-        self.enqueue(outbound, Some(name), true)
+        self.enqueue(outbound, Some(name), Leave::Now)
+    }
+
+    /// As [`Self::send_to_function`], one of many at once: where a write costs a system call, it leaves with others, at the next
+    /// [`Self::flush_gathered`], frame that comes, or tick of the watchdog.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn gather_to_function(self: &Arc<Self>, outbound: &Outbound<'_>, name: &[u8]) -> Result<(), TransferError> {
+        self.enqueue(outbound, Some(name), Leave::Gathered)
+    }
+
+    /// Writes what was gathered: to be called before somebody waits for what is to come of it.
+    #[inline]
+    pub fn flush_gathered(self: &Arc<Self>) {
+        // Set by who holds `tx`, after the frame: cleared before `tx` is taken, none stays behind.
+        if self.gathered.load(Ordering::Relaxed) && self.gathered.swap(false, Ordering::Relaxed) {
+            self.flush();
+        }
     }
 
     /// As [`Self::send`], but the bytes leave with [`Turn`]'s flush: replies of one batch share a system call.
     pub fn send_in(self: &Arc<Self>, outbound: &Outbound<'_>, turn: &mut Turn) -> Result<(), TransferError> {
-        self.enqueue(outbound, None, false)?;
+        self.enqueue(outbound, None, Leave::WithTurn)?;
         turn.flush_later(self);
         Ok(())
     }
@@ -313,7 +348,7 @@ impl Endpoint {
         self: &Arc<Self>,
         outbound: &Outbound<'_>,
         announce: Option<&[u8]>,
-        flush: bool,
+        leave: Leave,
     ) -> Result<(), TransferError> {
         if is_forked_child() {
             // What this would write to is the parent's, and not mapped here.
@@ -331,7 +366,7 @@ impl Endpoint {
         let is_announced =
             announce.is_none() || tx.announced.get(outbound.function as usize).is_some_and(|known| *known);
         if outbound.tensors.is_empty() && is_announced {
-            match self.send_small(&mut tx, outbound, flush) {
+            match self.send_small(&mut tx, outbound, leave != Leave::WithTurn) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 Err(cause) => {
@@ -383,17 +418,30 @@ impl Endpoint {
             self.untaken.store(tx.answers.len(), Ordering::Release);
         }
         let queued = if bulk.is_empty() { Ok(()) } else { self.queue_bulk(&mut tx, bulk) };
-        let sent = queued
-            .and_then(|()| if flush && self.status() == Status::Open { self.write_control(&mut tx) } else { Ok(()) });
+        let is_gathered = leave == Leave::Gathered && self.gather(&tx);
+        let leaves = leave != Leave::WithTurn && !is_gathered && self.status() == Status::Open;
+        let sent = queued.and_then(|()| if leaves { self.write_control(&mut tx) } else { Ok(()) });
         drop(tx);
         if let Err(cause) = sent {
             // The caller's waiters hear of it through `on_closed`, as with any later failure.
             self.close(cause);
         }
-        if flush {
+        if leave != Leave::WithTurn {
             self.flush_bulk();
         }
         Ok(())
+    }
+
+    /// Whether the frame at the end of `tx` may wait for others: not for a ring, nor if there are many.
+    fn gather(self: &Arc<Self>, tx: &Tx) -> bool {
+        let may_wait = tx.ring.is_none() && !tx.wants_out && tx.wire.len() - tx.sent < GATHERED_BYTES_MAX;
+        if !may_wait || self.driver.simulated().is_some() {
+            return false;
+        }
+        if !self.gathered.swap(true, Ordering::Relaxed) {
+            self.driver.watch_gathered(self);
+        }
+        true
     }
 
     fn check_limits(&self, outbound: &Outbound<'_>) -> Result<(), TransferError> {
@@ -552,6 +600,7 @@ impl Endpoint {
             self.read_control(&mut rx, Wait::No, turn)?;
             let rings = rx.ring.is_some();
             drop(rx);
+            self.flush_gathered();
             if rings {
                 // Frames may have overtaken the socket's last.
                 self.leave_ring(turn)?;
@@ -836,6 +885,7 @@ impl Endpoint {
         if self.status() != Status::Open {
             return false;
         }
+        self.flush_gathered();
         let Ok(mut rx) = self.rx.try_lock() else { return false };
         let mut turn = Turn::default();
         if rx.ring.is_some() {
@@ -868,6 +918,7 @@ impl Endpoint {
                 break;
             }
             self.driver.finish_turn(&mut turn);
+            self.flush_gathered();
         }
         // Before another may read: it would be disturbed by the leader.
         self.control.want(&self.driver, EventFlags::IN, true);

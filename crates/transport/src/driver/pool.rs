@@ -57,7 +57,7 @@ pub(super) struct Pool {
 }
 
 /// Foreign code runs on this thread, too (see `dispatch_guarded`): should it panic, the connection ends, which is something to do.
-fn guarded(endpoint: &Arc<Endpoint>, serve: impl FnOnce() -> bool) -> bool {
+pub(super) fn guarded(endpoint: &Arc<Endpoint>, serve: impl FnOnce() -> bool) -> bool {
     catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
         crate::limited!(error, "a panic while a connection was served; it is closed");
         endpoint.close(CloseCause::PeerLost { source: None });
@@ -420,6 +420,7 @@ impl Driver {
             if !ticked {
                 continue;
             }
+            self.flush_listed();
             let mut pool = lock(&self.pool);
             let begun = self.jobs_begun.load(Ordering::SeqCst);
             let busy_term = self.busy_term.load(Ordering::SeqCst);
