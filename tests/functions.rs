@@ -725,3 +725,15 @@ pub(crate) fn double_on_device(cx: &farcall::Call, x: Tensor) -> farcall::Result
 pub(crate) fn device_of(x: Tensor) -> String {
     x.device().to_string()
 }
+
+/// Calls every other worker, and gives how many have answered.
+#[farcall::function(name = "test::meet_all")]
+pub(crate) async fn meet_all(cx: Call) -> Result<u32> {
+    let others = cx.agent().workers().filter(|worker| worker.id != *cx.agent().worker());
+    let replies: Vec<_> = others.map(|worker| cx.to(&worker.id).call(add, (2, 3))).collect();
+    let mut answers = 0;
+    for reply in replies {
+        answers += u32::from(reply.await? == 5);
+    }
+    Ok(answers)
+}

@@ -9,5 +9,6 @@ mod leaving;
 mod logs;
 mod memory;
 mod restarts;
+mod scale;
 mod slabs;
 pub(crate) mod spawn;

@@ -103,6 +103,15 @@ impl Process {
         pages * rustix::param::page_size() as u64
     }
 
+    /// The same without pages of files, which are its program's.
+    pub(crate) fn data_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("a live process");
+        let kib = |name| {
+            status.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok())
+        };
+        ["RssAnon:", "RssShmem:"].map(|name| kib(name).expect("a size")).iter().sum::<u64>() << 10
+    }
+
     /// Processor time that it has taken, in user and in kernel mode.
     #[cfg(feature = "tls")]
     pub(crate) fn processor_time(&self) -> Duration {

@@ -1020,12 +1020,12 @@ impl Endpoint {
         if let Some(rings) = self.rings.get() {
             // A count that the peer looks at: nobody is woken.
             rings.beat();
-            if self.bell.get().is_none() {
-                // The peer may not have them yet: this it sees.
-                self.ring_bell();
-            }
         }
         let Ok(mut tx) = self.tx.try_lock() else { return };
+        if self.bell.get().is_none() {
+            // The peer may not have the rings yet: this it sees.
+            self.tell(&tx);
+        }
         let backlog = tx.wire.len() - tx.sent;
         if backlog > self.driver.config().limits.backlog_bytes_max
             && beat.wrapping_sub(self.took.load(Ordering::Relaxed)) >= BEATS_MISSED

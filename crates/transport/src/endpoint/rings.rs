@@ -226,14 +226,13 @@ impl Endpoint {
     }
 
     /// Wakes the peer's driver. A socket that is full of such bytes wakes it, too; one that has ended is told by reading.
-    pub(super) fn ring_bell(&self) {
+    fn ring_bell(&self) {
         let _ = self.control.socket().send(&[IoSlice::new(&[0])]);
     }
 
-    /// The peer waits for room, and there is some. It must not hear of it in the midst of frames that still go by the socket: after
-    /// the last of these it looks by itself.
-    fn tell_of_room(&self) {
-        let tx = lock(&self.tx);
+    /// Has the peer look, unless frames still go by the socket: it must not hear a bell in the midst of them, and looks by itself
+    /// after the last.
+    pub(super) fn tell(&self, tx: &Tx) {
         if tx.ring.as_ref().is_some_and(|(from, _)| tx.taken >= *from) {
             self.ring_bell();
         }
@@ -330,7 +329,8 @@ impl Endpoint {
         let read = ring.read(&mut buffer).map_err(CloseCause::from).and_then(|(len, room)| {
             self.read.fetch_add(len as u64, Ordering::Relaxed);
             if room {
-                self.tell_of_room();
+                // The peer waits for it.
+                self.tell(&lock(&self.tx));
             }
             self.on_bytes(rx, Progress::Bytes(len), &buffer[..len], turn)
         });
