@@ -711,12 +711,13 @@ impl Endpoint {
         })
     }
 
-    /// Reads once, and hands on what came. With [`Wait::Tick`] it sleeps for the first byte.
-    fn read_control(self: &Arc<Self>, rx: &mut Rx, wait: Wait, turn: &mut Turn) -> Result<(), CloseCause> {
+    /// Reads once, and hands on what came; whether something did. With [`Wait::Tick`] it sleeps for the first byte.
+    fn read_control(self: &Arc<Self>, rx: &mut Rx, wait: Wait, turn: &mut Turn) -> Result<bool, CloseCause> {
         if !self.offers_slabs {
             let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
             let (progress, bytes) = self.control.socket().recv(&mut buffer, wait).map_err(lost)?;
-            return self.on_bytes(rx, progress, bytes, turn);
+            let came = progress != Progress::WouldBlock;
+            return self.on_bytes(rx, progress, bytes, turn).map(|()| came);
         }
         thread_local! {
             // Not on the stack: it would have to be cleared each time.
@@ -729,8 +730,9 @@ impl Endpoint {
                 if let Some(descriptor) = descriptor {
                     rx.receiver.on_descriptor(descriptor)?;
                 }
+                let came = progress != Progress::WouldBlock;
                 let len = if let Progress::Bytes(len) = progress { len } else { 0 };
-                self.on_bytes(rx, progress, &buffer[..len], turn)
+                self.on_bytes(rx, progress, &buffer[..len], turn).map(|()| came)
             });
         // Another, if a handler has read on this thread meanwhile, is let go.
         BUFFER.set(buffer);
@@ -900,22 +902,35 @@ impl Endpoint {
             return done();
         }
         self.control.want(&self.driver, EventFlags::IN, false);
-        let mut failed = None;
+        let (mut failed, mut began) = (None, None);
         // What a bulk connection completes, the driver's leader reads: no reason to sleep here then.
         while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() && rx.ring.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            let left = deadline.saturating_duration_since(now);
             if left.is_zero() {
                 break;
             }
-            let step = if left < tcp::RECV_TICK { self.poll_readable(left) } else { Ok(true) };
-            let step = step.and_then(
-                |readable| {
-                    if readable { self.read_control(&mut rx, Wait::Tick, &mut turn) } else { Ok(()) }
-                },
-            );
-            if let Err(cause) = step {
-                failed = Some(cause);
-                break;
+            let mut step = Ok(false);
+            let looks = began.is_none();
+            began.get_or_insert(now);
+            let found = looks
+                && self.spin.look(now, || {
+                    step = self.read_control(&mut rx, Wait::No, &mut turn);
+                    !matches!(step, Ok(false))
+                });
+            if !found {
+                step = if left < tcp::RECV_TICK { self.poll_readable(left) } else { Ok(true) };
+                if let Ok(true) = step {
+                    step = self.read_control(&mut rx, Wait::Tick, &mut turn);
+                }
+            }
+            match step {
+                Ok(false) => {}
+                Ok(true) => drop(began.take().inspect(|began| self.spin.waited(*began))),
+                Err(cause) => {
+                    failed = Some(cause);
+                    break;
+                }
             }
             self.driver.finish_turn(&mut turn);
             self.flush_gathered();

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use farcall::Channel;
 use farcall::prelude::*;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use serde::{Deserialize, Serialize};
 
 use super::functions::sum;
@@ -50,10 +52,13 @@ pub(crate) enum Kind {
     Tcp,
     /// The same with socket buffers of 512 KiB, which are better on loopback.
     TcpTuned,
+    /// The first, asked for bytes all the time.
+    TcpPolled,
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [Self::Futex, Self::Polled, Self::Copy, Self::Read, Self::Unix, Self::Tcp, Self::TcpTuned];
+    const ALL: [Self; 8] =
+        [Self::Futex, Self::Polled, Self::Copy, Self::Read, Self::Unix, Self::Tcp, Self::TcpTuned, Self::TcpPolled];
 
     fn name(self) -> &'static str {
         match self {
@@ -64,6 +69,7 @@ impl Kind {
             Self::Unix => "raw unix",
             Self::Tcp => "raw tcp",
             Self::TcpTuned => "raw tcp 512K",
+            Self::TcpPolled => "polled tcp",
         }
     }
 
@@ -71,6 +77,7 @@ impl Kind {
     fn of_row(op: Op, path: Channel, spins: bool) -> Vec<&'static [Self]> {
         let wire = match path {
             Channel::Unix => &[Self::Unix][..],
+            Channel::Tcp if spins => &[Self::TcpPolled],
             Channel::Tcp => &[Self::Tcp, Self::TcpTuned],
             // Nothing moves but a word.
             _ if spins => &[Self::Polled],
@@ -143,7 +150,11 @@ fn serve(kind: Kind, address: IpAddr, bytes_max: u64) -> io::Result<Listening> {
                 let _ = accepted.and_then(|socket| {
                     socket.set_nonblocking(false)?;
                     socket.set_nodelay(true)?;
-                    answer(socket, token, bytes_max)
+                    if kind == Kind::TcpPolled {
+                        answer(Polling(socket), token, bytes_max)
+                    } else {
+                        answer(socket, token, bytes_max)
+                    }
                 });
             }))?;
             Address::Tcp(address)
@@ -188,12 +199,43 @@ fn tune(socket: &impl std::os::fd::AsFd) -> io::Result<()> {
     Ok(rustix::net::sockopt::set_socket_send_buffer_size(socket, TUNED_BYTES)?)
 }
 
+/// A socket that is asked for bytes all the time, until there were none for long: then it sleeps.
+struct Polling(TcpStream);
+
+/// That is long.
+const POLL_MAX: Duration = Duration::from_millis(5);
+
+impl Read for Polling {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let began = Instant::now();
+        loop {
+            match rustix::net::recv(&self.0, &mut *buffer, RecvFlags::DONTWAIT) {
+                Ok((len, _)) => return Ok(len),
+                Err(Errno::AGAIN | Errno::INTR) if began.elapsed() < POLL_MAX => {}
+                Err(Errno::AGAIN | Errno::INTR) => return self.0.read(buffer),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Write for Polling {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
 /// This end of what is measured.
 enum Instrument {
     Memory,
     Futex(futex::Page),
     Unix(UnixStream),
     Tcp(TcpStream),
+    Polling(Polling),
 }
 
 /// The instruments, and why some are missing.
@@ -256,7 +298,10 @@ impl Limits {
             _ => Ok(()),
         }
         .map_err(text)?;
-        Ok(instrument)
+        Ok(match instrument {
+            Instrument::Tcp(socket) if kind == Kind::TcpPolled => Instrument::Polling(Polling(socket)),
+            instrument => instrument,
+        })
     }
 
     /// Every kind at every size: the table of limits.
@@ -320,6 +365,7 @@ impl Limits {
                 (_, Instrument::Futex(page)) => page.round_trip()?,
                 (_, Instrument::Unix(socket)) => exchange(socket, source, answer)?,
                 (_, Instrument::Tcp(socket)) => exchange(socket, source, answer)?,
+                (_, Instrument::Polling(socket)) => exchange(socket, source, answer)?,
             }
             times.push(began.elapsed().as_nanos() as u64);
         }

@@ -190,6 +190,7 @@ impl Driver {
         let mut timeout = self.timeout(backlog);
         let idle = timeout.is_none_or(|timeout| timeout != NOW);
         let began = idle.then(Instant::now);
+        let is_cold = lock(&self.hot).is_empty();
         if self.look_at_hot(began, turn) {
             self.sleeping_until_us.store(0, Ordering::SeqCst);
             // Sockets and timers have their turn, too.
@@ -200,6 +201,12 @@ impl Driver {
             timeout = Some(NOW);
         } else if idle && self.cool_all(turn) {
             timeout = Some(NOW);
+        } else if let (Some(began), true) = (began, is_cold) {
+            // Nothing but sockets: where a ring was looked at, that was long enough.
+            let mut event = [MaybeUninit::<epoll::Event>::uninit(); 1];
+            let epoll = &self.system().epoll;
+            self.spin
+                .look(began, || epoll::wait(epoll, &mut event, Some(&NOW)).is_ok_and(|(ready, _)| !ready.is_empty()));
         }
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); EVENTS];
         let ready = match epoll::wait(&self.system().epoll, &mut events, timeout.as_ref()) {
