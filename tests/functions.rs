@@ -726,6 +726,12 @@ pub(crate) fn device_of(x: Tensor) -> String {
     x.device().to_string()
 }
 
+/// So many bytes, made where the call is read.
+#[farcall::function(name = "test::bytes_inline", inline)]
+pub(crate) fn bytes_inline(len: usize) -> Vec<u8> {
+    vec![7; len]
+}
+
 /// Calls every other worker, and gives how many have answered.
 #[farcall::function(name = "test::meet_all")]
 pub(crate) async fn meet_all(cx: Call) -> Result<u32> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use farcall::prelude::*;
 use farcall::{Stage, Transport};
 
-use crate::functions::{add, echo, gate, hash_after, hold, hold_async, pattern, relay, spin_inline};
+use crate::functions::{add, bytes_inline, echo, gate, hash_after, hold, hold_async, pattern, relay, spin_inline};
 use crate::harness::{Group, block_on, bounded, counting, eventually, step, unique};
 
 fn with_window(requests: usize, bytes: u64) -> Group {
@@ -152,6 +152,29 @@ fn calls_that_nobody_waits_for_leave_soon_though_many_are_made_at_once() {
         assert!(gate(&key).wait_arrived(700));
         gate(&key).open();
         group.answers();
+        group.shutdown();
+    });
+}
+
+/// Answers of one batch that fill a ring to its last byte, for tasks that wait: whoever brings them must be woken.
+#[test]
+fn answers_that_fill_a_ring_are_told_of() {
+    bounded(|| {
+        let group = Group::new(2);
+        let w1 = group.agents[0].to("w1");
+        assert_eq!(w1.call(bytes_inline, (1_usize,)).wait().expect("bytes"), [7]);
+        for round in 0..10 {
+            step(format_args!("round {round}"));
+            // All the others wait to be read meanwhile.
+            let first = w1.call(spin_inline, (20,)).into_future();
+            // With its header, and the bytes of its length, an answer has 4096 bytes: 32 are 128 KiB, the first two together are one.
+            let lens = std::iter::once(4030 - 65).chain([4030; 40]);
+            let calls: Vec<_> = lens.map(|len| (len, w1.call(bytes_inline, (len,)).into_future())).collect();
+            assert!(block_on(first).expect("an answer"));
+            for (len, call) in calls {
+                assert_eq!(block_on(call).expect("bytes").len(), len);
+            }
+        }
         group.shutdown();
     });
 }

@@ -47,11 +47,12 @@ pub(crate) fn of_function<F: Function>() -> &'static Interned {
 /// The number of a builtin. Builtins are for the process's life, and so is what is kept of those that were called.
 pub(crate) fn of_builtin(builtin: &Builtin) -> &'static Interned {
     static BUILTINS: RwLock<Option<HashMap<&'static str, &'static Interned>>> = RwLock::new(None);
-    let name = builtin.name();
-    let known = BUILTINS.read().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(|map| map.get(name).copied());
+    // Not by the name: another registry may have another builtin of that.
+    let text = builtin.text();
+    let known = BUILTINS.read().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(|map| map.get(text).copied());
     known.unwrap_or_else(|| {
         let mut builtins = BUILTINS.write().unwrap_or_else(PoisonError::into_inner);
         let new = || &*Box::leak(Box::new(number(&Callee::builtin(builtin))));
-        builtins.get_or_insert_default().entry(name).or_insert_with(new)
+        builtins.get_or_insert_default().entry(text).or_insert_with(new)
     })
 }

@@ -71,7 +71,6 @@ impl Connection {
 }
 
 /// A call to a peer: where it was sent, or waits to be, and its number there.
-#[derive(Clone)]
 pub(crate) struct Sent {
     pub(crate) connection: Arc<Connection>,
     pub(crate) call: u64,

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::Waker;
 
 use crate::call::{Slot, lock};
-use crate::link::Sent;
+use crate::link::{Connection, Sent};
 
 /// See the module.
 #[derive(Default)]
@@ -22,8 +22,24 @@ pub(crate) struct Scope {
 struct State {
     /// Of the handler's task.
     waker: Option<Waker>,
-    /// Calls that the handler makes, and what was sent of those to peers.
-    calls: Vec<(Weak<Slot>, Option<Sent>)>,
+    /// Calls that the handler makes; most have ended.
+    calls: Vec<Adopted>,
+}
+
+/// A call that a handler makes.
+struct Adopted {
+    slot: Weak<Slot>,
+    /// Of a call to a peer: where it was sent, and its number there.
+    to: Option<Weak<Connection>>,
+    call: u64,
+}
+
+impl Adopted {
+    fn cancel(&self) {
+        let Some(slot) = self.slot.upgrade() else { return };
+        let connection = self.to.as_ref().and_then(Weak::upgrade);
+        slot.cancel(connection.map(|connection| Sent { connection, call: self.call }).as_ref());
+    }
 }
 
 impl Scope {
@@ -41,11 +57,7 @@ impl Scope {
         if let Some(waker) = waker {
             waker.wake();
         }
-        for (slot, sent) in calls {
-            if let Some(slot) = slot.upgrade() {
-                slot.cancel(sent.as_ref());
-            }
-        }
+        calls.iter().for_each(Adopted::cancel);
     }
 
     /// Leaves the waker of the handler's task; `true` if the call is cancelled already.
@@ -68,9 +80,13 @@ impl Scope {
         }
         // Those that have ended go whenever the list would grow.
         if state.calls.len() == state.calls.capacity() {
-            state.calls.retain(|(call, _)| call.strong_count() > 0);
+            state.calls.retain(|call| call.slot.strong_count() > 0);
         }
-        state.calls.push((Arc::downgrade(slot), sent.cloned()));
+        state.calls.push(Adopted {
+            slot: Arc::downgrade(slot),
+            to: sent.map(|sent| Arc::downgrade(&sent.connection)),
+            call: sent.map_or(0, |sent| sent.call),
+        });
     }
 }
 

@@ -175,6 +175,8 @@ pub struct Driver {
     jobs_begun: AtomicU64,
     /// The watchdog ticks.
     watching: AtomicBool,
+    /// The leader has read frames of a socket since it last slept.
+    pub(crate) by_socket: AtomicBool,
     /// Endpoints with frames that wait for others: a tick later they have waited long enough.
     gathered: Mutex<Vec<Arc<Endpoint>>>,
     /// Heartbeats so far: the clock that silence is measured by. It stands still while this process does.
@@ -273,6 +275,7 @@ impl Driver {
             busy_term: AtomicU64::new(0),
             jobs_begun: AtomicU64::new(0),
             watching: AtomicBool::new(false),
+            by_socket: AtomicBool::new(false),
             gathered: Mutex::default(),
             beats: AtomicU32::new(0),
             beating: AtomicBool::new(false),
@@ -357,27 +360,29 @@ impl Driver {
 
     /// Has the watchdog write what the endpoint gathers, if nobody else does.
     pub(crate) fn watch_gathered(&self, endpoint: &Arc<Endpoint>) {
-        if endpoint.listed.swap(true, Ordering::Relaxed) {
+        // Who lists says so after it has gathered, who flushes looks what is gathered after it has unlisted: one sees the other.
+        if endpoint.listed.swap(true, Ordering::SeqCst) {
             return;
         }
+        // Before it is seen whether the watchdog ticks: it looks here again before it stops.
         lock(&self.gathered).push(Arc::clone(endpoint));
-        self.jobs_begun.fetch_add(1, Ordering::SeqCst);
         if !self.watching.swap(true, Ordering::SeqCst) {
             self.tick_watchdog(WATCH_TICK);
         }
     }
 
-    /// At a tick. One that gathers again meanwhile is listed again, or flushed here.
-    fn flush_listed(&self) {
+    /// At a tick; whether there was any. One that gathers again meanwhile is listed again, or flushed here.
+    fn flush_listed(&self) -> bool {
         // Not under the lock: it is taken under `tx`.
         let listed = std::mem::take(&mut *lock(&self.gathered));
-        for endpoint in listed {
-            endpoint.listed.store(false, Ordering::Relaxed);
-            guarded(&endpoint, || {
+        for endpoint in &listed {
+            endpoint.listed.swap(false, Ordering::SeqCst);
+            guarded(endpoint, || {
                 endpoint.flush_gathered();
                 false
             });
         }
+        !listed.is_empty()
     }
 
     /// How often TCP was dialed because a Unix socket that should have led there did not.

@@ -332,7 +332,7 @@ impl Endpoint {
     #[inline]
     pub fn flush_gathered(self: &Arc<Self>) {
         // Set by who holds `tx`, after the frame: cleared before `tx` is taken, none stays behind.
-        if self.gathered.load(Ordering::Relaxed) && self.gathered.swap(false, Ordering::Relaxed) {
+        if self.gathered.load(Ordering::SeqCst) && self.gathered.swap(false, Ordering::SeqCst) {
             self.flush();
         }
     }
@@ -438,7 +438,7 @@ impl Endpoint {
         if !may_wait || self.driver.simulated().is_some() {
             return false;
         }
-        if !self.gathered.swap(true, Ordering::Relaxed) {
+        if !self.gathered.swap(true, Ordering::SeqCst) {
             self.driver.watch_gathered(self);
         }
         true
@@ -597,7 +597,9 @@ impl Endpoint {
                 drop(rx);
                 return self.on_bell(bell, flags, turn);
             }
-            self.read_control(&mut rx, Wait::No, turn)?;
+            if self.read_control(&mut rx, Wait::No, turn)? {
+                self.driver.by_socket.store(true, Ordering::Relaxed);
+            }
             let rings = rx.ring.is_some();
             drop(rx);
             self.flush_gathered();
@@ -713,6 +715,7 @@ impl Endpoint {
 
     /// Reads once, and hands on what came; whether something did. With [`Wait::Tick`] it sleeps for the first byte.
     fn read_control(self: &Arc<Self>, rx: &mut Rx, wait: Wait, turn: &mut Turn) -> Result<bool, CloseCause> {
+        turn.begin_batch();
         if !self.offers_slabs {
             let mut buffer = [MaybeUninit::uninit(); RECV_BYTES];
             let (progress, bytes) = self.control.socket().recv(&mut buffer, wait).map_err(lost)?;

@@ -84,6 +84,11 @@ impl Turn {
         *self.now.get_or_insert_with(|| driver.now())
     }
 
+    /// Other frames are read than before.
+    pub(crate) fn begin_batch(&mut self) {
+        self.now = None;
+    }
+
     /// Nothing was gathered.
     pub(super) fn is_empty(&self) -> bool {
         self.jobs.is_empty() && self.dirty.is_empty()
@@ -96,7 +101,6 @@ impl Turn {
     }
 
     pub(super) fn flush(&mut self) {
-        self.now = None;
         for endpoint in self.dirty.drain(..) {
             endpoint.flush();
         }

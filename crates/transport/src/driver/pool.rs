@@ -201,8 +201,8 @@ impl Driver {
             timeout = Some(NOW);
         } else if idle && self.cool_all(turn) {
             timeout = Some(NOW);
-        } else if let (Some(began), true) = (began, is_cold) {
-            // Nothing but sockets: where a ring was looked at, that was long enough.
+        } else if let (Some(began), true, true) = (began, is_cold, self.by_socket.swap(false, Ordering::Relaxed)) {
+            // Frames come by sockets, and none by rings: where one was looked at, that was long enough.
             let mut event = [MaybeUninit::<epoll::Event>::uninit(); 1];
             let epoll = &self.system().epoll;
             self.spin
@@ -427,7 +427,7 @@ impl Driver {
             if !ticked {
                 continue;
             }
-            self.flush_listed();
+            let gathered = self.flush_listed();
             let mut pool = lock(&self.pool);
             let begun = self.jobs_begun.load(Ordering::SeqCst);
             let busy_term = self.busy_term.load(Ordering::SeqCst);
@@ -437,6 +437,8 @@ impl Driver {
                 if self.pass_role(&mut pool, busy_term) {
                     self.work.notify_one();
                 }
+            } else if gathered {
+                idle_ticks = 0;
             } else {
                 idle_ticks += 1;
             }
@@ -445,8 +447,9 @@ impl Driver {
                 idle_ticks = 0;
                 self.tick_watchdog(Duration::ZERO);
                 self.watching.store(false, Ordering::SeqCst);
-                if self.jobs_begun.load(Ordering::SeqCst) != seen || lock(&self.pool).stop {
-                    // A leader began a job and still saw the watchdog tick, or the last tick was asked for meanwhile.
+                let wanted = || self.jobs_begun.load(Ordering::SeqCst) != seen || !lock(&self.gathered).is_empty();
+                if wanted() || lock(&self.pool).stop {
+                    // Somebody began a job, or gathers, and still saw the watchdog tick; or the last tick was asked for meanwhile.
                     self.watching.store(true, Ordering::SeqCst);
                     self.tick_watchdog(WATCH_TICK);
                 }

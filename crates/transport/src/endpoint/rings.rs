@@ -186,7 +186,8 @@ impl Endpoint {
                 break;
             }
         }
-        if wakes {
+        // What was staged before may have taken all the room.
+        if wakes || ring.owes_wake() {
             self.wake_reader(ring);
         }
         Ok(bell_fits)
@@ -319,6 +320,7 @@ impl Endpoint {
             // Not on the stack: it would have to be cleared each time.
             static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
         }
+        turn.begin_batch();
         let ended = self.ended.load(Ordering::SeqCst);
         let Some(ring) = &mut rx.ring else { return Ok(false) };
         if ring.is_empty() {

@@ -546,6 +546,12 @@ mod tests {
         (0..16).for_each(|_| assert!(writer.stage([&[1; 64], &[]]).unwrap()));
         assert_eq!(reader.read(&mut buffer).unwrap().0, 1024);
         assert!(writer.owes_wake(), "its reader may have gone to sleep before");
+        // All the room there is: the next writer finds none, and that its reader was not woken.
+        assert!(writer.stage([&vec![3; RING_BYTES - 64], &[4; 64]]).unwrap());
+        assert!(!writer.stage([&[1], &[]]).unwrap());
+        assert_eq!(writer.write(&[1]).unwrap(), 0);
+        assert!(writer.owes_wake());
+        assert_eq!(reader.read(&mut buffer).unwrap().0, RING_BYTES);
         // All or nothing.
         assert!(writer.stage([&vec![3; RING_BYTES - 10], &[]]).unwrap());
         assert!(!writer.stage([&[4; 6], &[4; 5]]).unwrap());
