@@ -67,6 +67,10 @@ impl Expected<'_> {
                 const SIGNATURE: &'static str = {signature:?};
                 const INLINE: bool = {inline};
                 fn handler() -> ::farcall::__private::Handler {{ ::farcall::__private::Handler::{handler} }}
+                fn cell() -> &'static ::farcall::__private::FunctionCell {{
+                    static CELL: ::farcall::__private::FunctionCell = ::farcall::__private::FunctionCell::new();
+                    &CELL
+                }}
             }}
             {cfg} ::farcall::__private::inventory::submit! {{
                 ::farcall::__private::Registration::of::<{ident}>()
