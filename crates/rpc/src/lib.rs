@@ -31,6 +31,7 @@ mod parcel;
 mod registry;
 mod replies;
 mod scope;
+mod serve;
 pub mod settings;
 pub mod sim;
 mod table;

@@ -1,10 +1,7 @@
 //! One endpoint as the agent sees it: the calls that wait on it, and the functions its peer has announced.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::future::poll_fn;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, Weak};
-use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use farcall_device::codec::{recycle, spare_buffer};
@@ -12,8 +9,8 @@ use farcall_device::{Device, Encoded};
 use farcall_transport::frame::Kind;
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
-    CloseCause, Corrupt, Endpoint, Frame, Job, Outbound, Peer, Placer, ProtocolError, Small, Staged, TransferError,
-    Turn, Unanswered, WorkerId, digests, stage,
+    CloseCause, Corrupt, Endpoint, Frame, Job, Outbound, Peer, Placer, ProtocolError, Small, TransferError, Turn,
+    Unanswered, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -22,11 +19,11 @@ use crate::call::{Slot, lock};
 use crate::context::Call;
 use crate::device_map::{DeviceMap, place};
 use crate::error::{Failure, Stage};
-use crate::function::{AnswerFuture, HandlerKind, SyncHandler};
+use crate::function::HandlerKind;
 use crate::interned::Interned;
 use crate::parcel::{Contents, Parcel};
 use crate::registry::{FunctionKind, Registered, Registry};
-use crate::scope::Scope;
+use crate::serve::{ReplyTo, Serving, run};
 use crate::sim::Census;
 use crate::table::{Abandoned, Admission, CallTable, Overdue, Window};
 use crate::{CallError, CallId};
@@ -131,52 +128,6 @@ impl Request {
     }
 }
 
-/// The calls of the peer that are worked on here, without those of inline handlers: they are answered where they are read.
-#[derive(Default)]
-struct Serving(Mutex<Served>);
-
-#[derive(Default)]
-struct Served {
-    /// In order, so that a simulation cancels them in the same order each time.
-    open: BTreeMap<u64, Arc<Scope>>,
-    /// Cancelled while their payload was on its way.
-    cancelled_early: BTreeSet<u64>,
-    /// The endpoint has closed: nobody waits for any answer.
-    closed: bool,
-}
-
-impl Serving {
-    /// A request has come: the scope of its handler.
-    fn begin(&self, call: u64) -> Result<Arc<Scope>, ProtocolError> {
-        let mut served = lock(&self.0);
-        let scope = Arc::new(Scope::default());
-        if served.open.insert(call, Arc::clone(&scope)).is_some() {
-            let message = format!("call {call} was made twice");
-            return Err(ProtocolError::Malformed { what: "request", message });
-        }
-        if served.closed {
-            scope.cancel();
-        }
-        Ok(scope)
-    }
-
-    /// A request has come; gives whether it was cancelled on its way.
-    fn on_request(&self, call: u64, untaken: usize, max: usize) -> Result<bool, ProtocolError> {
-        let mut served = lock(&self.0);
-        let unanswered = served.open.len() + untaken;
-        if unanswered >= max {
-            let (found, max) = (unanswered as u64 + 1, max as u64);
-            return Err(ProtocolError::Limit { what: "unanswered requests", found, max });
-        }
-        Ok(served.cancelled_early.remove(&call))
-    }
-
-    fn end(&self, call: u64) {
-        let scope = lock(&self.0).open.remove(&call);
-        drop(scope);
-    }
-}
-
 impl Link {
     pub(crate) fn new(agent: &Weak<Inner>, worker: WorkerId) -> Arc<Self> {
         let upgraded = agent.upgrade();
@@ -213,10 +164,7 @@ impl Link {
         census.waiting += calls.table.waiting();
         census.sent += calls.table.sent();
         census.queued += calls.queue.len();
-        let served = lock(&self.serving.0);
-        census.serving += served.open.len();
-        census.serving_max = census.serving_max.max(served.open.len());
-        census.cancelled_early += served.cancelled_early.len();
+        self.serving.count(census);
     }
 
     /// Sends a request once its tensors are ready; its outcome, a failure to send included, arrives in `slot`. Gives its number,
@@ -513,6 +461,7 @@ impl Link {
             function: registered.name,
             deadline: (small.deadline_us > 0).then(|| now + Duration::from_micros(small.deadline_us)),
         };
+        let no_tensors = || ReplyTo::new(endpoint, small.call, Unanswered::default(), false);
         let answer = if cancelled { Err(Failure::Cancelled) } else { handler(&cx, small.metadata, Vec::new()) };
         match answer {
             Ok(Encoded { metadata, tensors }) if tensors.is_empty() => {
@@ -521,10 +470,10 @@ impl Link {
                 recycle(metadata);
                 match sent {
                     Ok(()) | Err(TransferError::Closed { .. }) => {}
-                    Err(error) => ReplyTo::new(endpoint, small.call).send_unsent(&error),
+                    Err(error) => no_tensors().send_unsent(&error),
                 }
             }
-            answer => ReplyTo::new(endpoint, small.call).send(answer, Some(turn)),
+            answer => no_tensors().send(answer, Some(turn)),
         }
         Ok(())
     }
@@ -533,9 +482,7 @@ impl Link {
         let target = self.target(frame.function)?;
         let cancelled = self.count_request(endpoint, frame.call)?;
         let unanswered = std::mem::take(&mut frame.unanswered);
-        let endpoint = Arc::clone(endpoint);
-        let digests = frame.digests.wanted;
-        let mut reply = ReplyTo { endpoint, call: frame.call, answered: false, unanswered, serving: None, digests };
+        let mut reply = ReplyTo::new(endpoint, frame.call, unanswered, frame.digests.wanted);
         let Some(agent) = self.agent.upgrade() else { return Ok(()) };
         if cancelled {
             reply.send(Err(Failure::Cancelled), Some(turn));
@@ -554,10 +501,10 @@ impl Link {
         }
         let mut scope = None;
         if !registered.inline {
-            scope = Some(self.serving.begin(frame.call)?);
-            reply.serving = Some(Arc::clone(&self.serving));
+            scope = Some(reply.list(&self.serving)?);
         }
-        let now = turn.now(&agent.driver);
+        // Not the turn's time: a frame of the bulk connection may come late in a long one.
+        let now = agent.driver.now();
         let cx = Call {
             agent: Agent::from_inner(agent),
             scope,
@@ -584,22 +531,6 @@ impl Link {
             }
         }));
         Ok(())
-    }
-
-    /// Nobody waits for that call: not begun, it will not be; an async handler ends.
-    fn on_cancel(&self, endpoint: &Endpoint, call: u64) {
-        let scope = {
-            let mut served = lock(&self.serving.0);
-            let scope = served.open.get(&call).cloned();
-            if scope.is_none() && endpoint.is_receiving(call) {
-                served.cancelled_early.insert(call);
-            }
-            scope
-        };
-        // Answered meanwhile, if there is none: the two have crossed.
-        if let Some(scope) = scope {
-            scope.cancel();
-        }
     }
 
     /// Puts a result's tensors where the map's inverse says.
@@ -691,181 +622,6 @@ pub(crate) fn resolve(
     Ok(Arc::clone(registered))
 }
 
-/// Runs a handler where its kind belongs: inline, on the pool, or on the runtime; `reply` gets its answer.
-pub(crate) fn run<R>(registered: Arc<Registered>, cx: Call, encoded: Encoded, turn: &mut Turn, reply: R)
-where
-    R: FnOnce(Result<Encoded, Failure>, Option<&mut Turn>) + Send + 'static,
-{
-    match &registered.handler.0 {
-        HandlerKind::Sync(handler) if registered.inline => {
-            let answer = handle(handler, &cx, encoded);
-            reply(answer, Some(turn));
-        }
-        HandlerKind::Sync(_) => turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
-            if cx.is_cancelled() {
-                return reply(Err(Failure::Cancelled), Some(turn));
-            }
-            let HandlerKind::Sync(handler) = &registered.handler.0 else { unreachable!("matched above") };
-            let answer = handle(handler, &cx, encoded);
-            reply(answer, Some(turn));
-        })),
-        HandlerKind::Future(_) => turn.spawn(Job::new(&Arc::clone(&registered.cost), move |turn| {
-            let HandlerKind::Future(handler) = &registered.handler.0 else { unreachable!("matched above") };
-            let runtime = match cx.agent().async_runtime() {
-                Ok(runtime) => runtime,
-                Err(message) => return reply(Err(Failure::Panicked { message }), Some(turn)),
-            };
-            if cx.is_cancelled() {
-                return reply(Err(Failure::Cancelled), Some(turn));
-            }
-            let scope = cx.scope.clone();
-            // The handler's first statements may use the runtime, too.
-            let entered = runtime.enter();
-            let mut future = handler(cx, encoded);
-            // Many a handler never waits: it needs no task. Polled again by its task, it registers the right waker.
-            let first = future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
-            drop(entered);
-            match first {
-                Poll::Ready(answer) => reply(answer, Some(turn)),
-                Poll::Pending => runtime.spawn(async move { reply(unless_cancelled(future, scope).await, None) }),
-            }
-        })),
-    }
-}
-
-fn handle(handler: &SyncHandler, cx: &Call, encoded: Encoded) -> Result<Encoded, Failure> {
-    let Encoded { metadata, tensors } = encoded;
-    let answer = handler(cx, &metadata, tensors);
-    recycle(metadata);
-    answer
-}
-
-/// The future's answer, unless the call is cancelled: then the future is dropped.
-async fn unless_cancelled(future: AnswerFuture, scope: Option<Arc<Scope>>) -> Result<Encoded, Failure> {
-    let mut future = Some(future);
-    poll_fn(|cx| {
-        let cancelled = scope.as_ref().is_some_and(|scope| scope.register(cx.waker()));
-        match &mut future {
-            Some(running) if !cancelled => running.as_mut().poll(cx),
-            _ => {
-                // Its own calls hear of it by its end, if not by the scope.
-                let ended = catch_unwind(AssertUnwindSafe(|| drop(future.take())));
-                if ended.is_err() {
-                    farcall_transport::limited!(error, "a handler panicked while it was cancelled");
-                }
-                Poll::Ready(Err(Failure::Cancelled))
-            }
-        }
-    })
-    .await
-}
-
-/// The one answer to a request.
-struct ReplyTo {
-    endpoint: Arc<Endpoint>,
-    call: u64,
-    answered: bool,
-    unanswered: Unanswered,
-    /// Where the call is listed while it is worked on.
-    serving: Option<Arc<Serving>>,
-    /// Its caller asks for digests of the value's tensors.
-    digests: bool,
-}
-
-impl Drop for ReplyTo {
-    /// A handler's task that ends with its runtime answers nothing: its caller hears of that now, not at its deadline.
-    fn drop(&mut self) {
-        if !self.answered {
-            self.send_failure(&Failure::Reply { message: "the handler was dropped before it ended".to_owned() }, None);
-        }
-    }
-}
-
-impl ReplyTo {
-    /// Of a request without tensors, that is not listed.
-    fn new(endpoint: &Arc<Endpoint>, call: u64) -> Self {
-        let (endpoint, unanswered) = (Arc::clone(endpoint), Unanswered::default());
-        Self { endpoint, call, answered: false, unanswered, serving: None, digests: false }
-    }
-
-    /// Sends the answer, a value once its tensors are ready.
-    fn send(mut self, answer: Result<Encoded, Failure>, turn: Option<&mut Turn>) {
-        let Encoded { metadata, tensors } = match answer {
-            Ok(encoded) => encoded,
-            Err(failure) => {
-                self.answered = true;
-                return self.send_failure(&failure, turn);
-            }
-        };
-        match stage(&self.endpoint.driver().config().runtime, tensors, self.endpoint.lends()) {
-            Ok(staged) if staged.pending.is_empty() => self.send_value(&metadata, &staged, turn),
-            Ok(mut staged) => {
-                let pending = std::mem::take(&mut staged.pending);
-                pending.on_ready(move |ready| match ready {
-                    Ok(()) => self.send_value(&metadata, &staged, None),
-                    Err(error) => self.send_unsent(&error),
-                });
-            }
-            Err(error) => self.send_unsent(&error),
-        }
-    }
-
-    fn send_value(mut self, metadata: &[u8], staged: &Staged, turn: Option<&mut Turn>) {
-        let digests = match self.digests.then(|| digests(&staged.tensors)).transpose() {
-            Ok(digests) => digests,
-            Err(error) => return self.send_unsent(&error),
-        };
-        let outbound = Outbound {
-            call: self.call,
-            tensors: &staged.tensors,
-            devices: &staged.devices,
-            digests: digests.as_deref(),
-            ..Outbound::new(Kind::Reply, metadata)
-        };
-        match self.send_frame(&outbound, turn) {
-            Ok(()) | Err(TransferError::Closed { .. }) => self.answered = true,
-            Err(error) => self.send_unsent(&error),
-        }
-    }
-
-    /// The value cannot be sent, for this reason.
-    fn send_unsent(mut self, error: &dyn std::error::Error) {
-        self.answered = true;
-        self.send_failure(&Failure::Reply { message: error.to_string() }, None);
-    }
-
-    fn send_failure(&mut self, failure: &Failure, turn: Option<&mut Turn>) {
-        let metadata = match postcard::to_stdvec(failure) {
-            Ok(metadata) => metadata,
-            Err(error) => unreachable!("plain enums always encode: {error}"),
-        };
-        let outbound = Outbound { call: self.call, ..Outbound::new(Kind::Error, &metadata) };
-        match self.send_frame(&outbound, turn) {
-            Ok(()) | Err(TransferError::Closed { .. }) => {}
-            // A text longer than a frame may be: the caller gets the short form.
-            Err(error) => {
-                let short = Failure::Reply { message: format!("its error could not be sent: {error}") };
-                if let Ok(metadata) = postcard::to_stdvec(&short) {
-                    let outbound = Outbound { call: self.call, ..Outbound::new(Kind::Error, &metadata) };
-                    drop(self.send_frame(&outbound, None));
-                }
-            }
-        }
-    }
-
-    fn send_frame(&mut self, outbound: &Outbound<'_>, turn: Option<&mut Turn>) -> Result<(), TransferError> {
-        // Before the answer leaves: its caller may fill the place at once.
-        drop(std::mem::take(&mut self.unanswered));
-        if let Some(serving) = self.serving.take() {
-            serving.end(self.call);
-        }
-        match turn {
-            Some(turn) => self.endpoint.send_in(outbound, turn),
-            None => self.endpoint.send(outbound),
-        }
-    }
-}
-
 pub(crate) fn call_error(slot: &Slot, failure: Failure) -> CallError {
     let call = slot.id.clone();
     match failure {
@@ -921,7 +677,7 @@ impl Peer for Link {
             Kind::Reply | Kind::Error => self.on_answer(endpoint, frame),
             Kind::Function => self.on_announcement(&frame),
             Kind::Cancel => {
-                self.on_cancel(endpoint, frame.call);
+                self.serving.cancel(frame.call, || endpoint.is_receiving(frame.call));
                 Ok(())
             }
             kind => Err(ProtocolError::Unexpected { kind, expected: "a frame of a call" }),
@@ -953,13 +709,7 @@ impl Peer for Link {
             slot.complete(Err(lost(&slot.id, endpoint, cause)));
         }
         drop(queue);
-        // Nobody waits for the answers: the handlers need not go on.
-        let scopes = {
-            let mut served = lock(&self.serving.0);
-            served.closed = true;
-            std::mem::take(&mut served.open)
-        };
-        scopes.values().for_each(|scope| scope.cancel());
+        self.serving.close();
         if let Some(agent) = self.agent.upgrade() {
             agent.forget(&self.worker, endpoint, cause);
         }
