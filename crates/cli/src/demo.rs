@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use farcall::device::{bf16, f16};
 use farcall::prelude::*;
 use farcall::settings::Settings;
-use farcall::{Error, Route, Runtime, TensorMut};
+use farcall::{Error, Runtime, TensorMut};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
@@ -352,12 +352,8 @@ fn bandwidth(agent: &Agent) -> Result<(), Failure> {
         check(back.as_slice::<u8>()? == big.as_slice::<u8>()?, "the bytes of the echo")?;
     }
     let rates: Vec<String> = rates.iter().map(|rate| format!("{rate:.2}")).collect();
-    let socket = match agent.to("w1").dialed() {
-        Some(Route::Unix(_)) => "by a Unix socket",
-        Some(Route::Tcp(_)) => "over TCP",
-        _ => "on a connection that w1 opened",
-    };
-    println!("  {} GB/s {socket}, every byte compared", rates.join(", "));
+    let channel = agent.to("w1").channel(BIG_BYTES as u64).ok_or("no channel")?;
+    println!("  {} GB/s by {channel}, every byte compared", rates.join(", "));
     Ok(())
 }
 

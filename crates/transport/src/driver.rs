@@ -4,8 +4,8 @@
 //! hand-over is faster than none, runs short jobs itself. A job is short while its [`JobCost`] says so: it was so when it
 //! ran last. Before any other job the leader passes its role on, to an idle thread or a new one. Should a short job turn
 //! out long, the watchdog takes the role away within two ticks. So a short handler costs no thread switch, a long one
-//! does not delay others, and heartbeats and replies depend on no handler. Before it sleeps, the leader looks a while at the rings in
-//! which something came lately, if that pays (`spin`).
+//! does not delay others, and heartbeats and replies depend on no handler. Before it sleeps, the leader looks a while at the rings and
+//! the sockets by which something came lately, if that pays (`spin`).
 //! (A timer armed for each job would bound this more tightly, but costs 10 µs on a virtual machine.)
 //! Invariant D1: see `endpoint`. Invariant D2: a thread in a job leads for at most two [`WATCH_TICK`]s.
 //! Invariant BOUNDED: dialing, greeting and draining have deadlines, checked by the leader. Heartbeats are sent, and missed, by

@@ -4,7 +4,8 @@
 //! the thread that sends; what the socket does not take leaves with the driver. Frames come in under `rx`: the driver's
 //! leader reads when epoll says so, and a caller that blocks for its reply takes the role (and the socket's place in
 //! the epoll set) for as long as it waits.
-//! Between near workers frames go by rings of shared memory once both sides have them, and the socket wakes (`endpoint::rings`).
+//! Between near workers frames go by rings of shared memory once both sides have them, and the socket wakes (`endpoint::rings`). Elsewhere
+//! small frames of one of many calls gather in `tx` and are written together, within two ticks of the watchdog (`gather`).
 //! Invariant D1: only the holder of `rx` reads the control connection, so frames are seen in the order sent.
 //! Invariant E1: `close` runs once; every waiter hears of it through [`Peer::on_closed`].
 //! Invariant R1: payload above the inline limit travels on the bulk connection, in chunks taken from its transfers in

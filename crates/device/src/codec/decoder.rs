@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::collections::BTreeSet;
+use std::ops::{BitOrAssign, Shl};
 
 use serde::de::value::U32Deserializer;
 use serde::de::{self, DeserializeSeed, IntoDeserializer, Visitor};
@@ -125,37 +126,26 @@ impl<'de> Decoder<'de> {
     }
 
     fn long_varint(&mut self, bits: u32) -> Result<u128, CodecError> {
+        if bits <= 64 { self.digits::<u64>(bits).map(u128::from) } else { self.digits(bits) }
+    }
+
+    /// A number of up to `bits` bits, seven in a byte; `N` holds as many.
+    fn digits<N: From<u8> + Shl<u32, Output = N> + BitOrAssign>(&mut self, bits: u32) -> Result<N, CodecError> {
         let start = self.at;
-        if bits <= 64 {
-            let mut value = 0_u64;
-            let mut shift = 0;
-            while shift < bits {
-                let byte = self.byte()?;
-                let digit = byte & 0x7f;
-                // The last byte's upper digits would be shifted out.
-                if bits - shift < 7 && digit >> (bits - shift) != 0 {
-                    break;
-                }
-                value |= u64::from(digit) << shift;
-                if byte < 0x80 {
-                    return Ok(u128::from(value));
-                }
-                shift += 7;
-            }
-            return Err(CodecError::Invalid { what: "varint", at: start });
-        }
-        let mut value = 0;
-        for shift in (0..bits).step_by(7) {
+        let mut value = N::from(0);
+        let mut shift = 0;
+        while shift < bits {
             let byte = self.byte()?;
             let digit = byte & 0x7f;
             // The last byte's upper digits would be shifted out.
             if bits - shift < 7 && digit >> (bits - shift) != 0 {
                 break;
             }
-            value |= u128::from(digit) << shift;
+            value |= N::from(digit) << shift;
             if byte < 0x80 {
                 return Ok(value);
             }
+            shift += 7;
         }
         Err(CodecError::Invalid { what: "varint", at: start })
     }
