@@ -394,6 +394,8 @@ impl TensorMut {
 
     /// Copies `elements`, in row-major order, into a host tensor.
     ///
+    /// # Cost
+    /// One copy, by two processors while one is idle and it is long ([`crate::copy`]).
     /// # Errors
     /// [`DeviceError::LengthMismatch`] unless there are as many; [`DeviceError::DTypeMismatch`], [`DeviceError::NotHost`],
     /// [`DeviceError::NotReady`].
@@ -403,7 +405,7 @@ impl TensorMut {
         if expected != found {
             return Err(DeviceError::LengthMismatch { what: "elements of the shape", expected, found });
         }
-        self.storage.as_bytes_mut()?.copy_from_slice(bytemuck::cast_slice(elements));
+        crate::memory::copy(self.storage.as_bytes_mut()?, bytemuck::cast_slice(elements));
         Ok(())
     }
 

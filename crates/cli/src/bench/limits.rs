@@ -13,15 +13,15 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use farcall::Channel;
 use farcall::prelude::*;
+use farcall::{Channel, TensorMut};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use serde::{Deserialize, Serialize};
 
 use super::functions::sum;
 use super::futex;
-use super::plan::Op;
+use super::plan::{Memory, Op};
 use super::report::{Limit, RowLimit};
 
 const ACCEPT_MAX: Duration = Duration::from_secs(10);
@@ -42,7 +42,7 @@ pub(crate) enum Kind {
     Futex,
     /// The same, looked at all the time.
     Polled,
-    /// A copy from warm memory to warm memory.
+    /// A copy from the program's warm memory into a warm slab.
     Copy,
     /// The sum of all words of warm memory.
     Read,
@@ -74,7 +74,7 @@ impl Kind {
     }
 
     /// What the bytes of a row cannot be faster than: of each of these kinds that lead there the best, all of them added.
-    fn of_row(op: Op, path: Channel, spins: bool) -> Vec<&'static [Self]> {
+    fn of_row(op: Op, path: Channel, spins: bool, memory: Memory) -> Vec<&'static [Self]> {
         let wire = match path {
             Channel::Unix => &[Self::Unix][..],
             Channel::Tcp if spins => &[Self::TcpPolled],
@@ -83,10 +83,14 @@ impl Kind {
             _ if spins => &[Self::Polled],
             _ => &[Self::Futex],
         };
+        // What is in no slab is copied into one; the kernel takes it from anywhere.
+        let is_copied = memory == Memory::Foreign && path == Channel::Shm;
+        let copy = is_copied.then_some(&[Self::Copy][..]);
         match op {
             Op::Rate => Vec::new(),
-            Op::Call | Op::Sink | Op::Echo => vec![wire],
-            Op::Read => vec![wire, &[Self::Read]],
+            Op::Call => vec![wire],
+            Op::Sink | Op::Echo => [wire].into_iter().chain(copy).collect(),
+            Op::Read => [wire].into_iter().chain(copy).chain([&[Self::Read][..]]).collect(),
         }
     }
 }
@@ -244,6 +248,8 @@ pub(crate) struct Limits {
     pub(crate) skipped: Vec<(&'static str, String)>,
     source: Vec<u8>,
     target: Vec<u8>,
+    /// For copies; `None` if there is no memory for it.
+    slab: Option<TensorMut>,
 }
 
 impl Limits {
@@ -251,7 +257,8 @@ impl Limits {
     pub(crate) fn connect(agent: &Agent, bytes_max: u64, same_host: bool) -> Self {
         let len = bytes_max as usize;
         let (source, target) = (vec![7; len], vec![1; len]);
-        let mut limits = Self { instruments: BTreeMap::new(), skipped: Vec::new(), source, target };
+        let slab = TensorMut::empty(DType::U8, &[len]).ok();
+        let mut limits = Self { instruments: BTreeMap::new(), skipped: Vec::new(), source, target, slab };
         for kind in Kind::ALL {
             match limits.instrument(agent, kind, bytes_max, same_host) {
                 Ok(instrument) => drop(limits.instruments.insert(kind, instrument)),
@@ -261,13 +268,17 @@ impl Limits {
         limits
     }
 
-    fn instrument(&self, agent: &Agent, kind: Kind, bytes_max: u64, same_host: bool) -> Result<Instrument, String> {
+    fn instrument(&mut self, agent: &Agent, kind: Kind, bytes_max: u64, same_host: bool) -> Result<Instrument, String> {
         let text = |error: io::Error| error.to_string();
         if matches!(kind, Kind::Futex | Kind::Polled | Kind::Unix) && !same_host {
             return Err("the other worker is on another host".to_owned());
         }
         match kind {
-            Kind::Copy | Kind::Read => return Ok(Instrument::Memory),
+            Kind::Copy => {
+                let slab = self.slab.as_mut().ok_or("no memory for a slab")?;
+                return slab.fill(1_u8).map(|()| Instrument::Memory).map_err(|error| error.to_string());
+            }
+            Kind::Read => return Ok(Instrument::Memory),
             Kind::Futex | Kind::Polled => {
                 let polled = kind == Kind::Polled;
                 let shared = agent.to(1).call(share_futex, (polled,)).wait().map_err(|error| error.to_string())?;
@@ -326,9 +337,10 @@ impl Limits {
         size_bytes: u64,
         path: Channel,
         spins: bool,
+        memory: Memory,
     ) -> io::Result<Option<RowLimit>> {
         let (mut names, mut us, echo) = (Vec::new(), 0.0, op == Op::Echo);
-        for kinds in Kind::of_row(op, path, spins) {
+        for kinds in Kind::of_row(op, path, spins, memory) {
             let mut best: Option<(f64, Kind)> = None;
             for kind in kinds {
                 if let Some(us) = self.measure(*kind, size_bytes, echo)?
@@ -353,6 +365,7 @@ impl Limits {
         let Some(instrument) = self.instruments.get_mut(&kind) else { return Ok(None) };
         let len = size_bytes as usize;
         let (source, target) = (&self.source[..len], &mut self.target[..len]);
+        let slab = self.slab.as_mut().and_then(|slab| slab.as_mut_slice::<u8>().ok()).unwrap_or_default();
         let mut short = [0; 8];
         let started = Instant::now();
         let mut times = Vec::new();
@@ -361,7 +374,7 @@ impl Limits {
             let began = Instant::now();
             match (kind, &mut *instrument) {
                 (Kind::Read, _) => drop(black_box(sum(black_box(source)))),
-                (_, Instrument::Memory) => black_box(&mut *target).copy_from_slice(black_box(source)),
+                (_, Instrument::Memory) => black_box(&mut slab[..len]).copy_from_slice(black_box(source)),
                 (_, Instrument::Futex(page)) => page.round_trip()?,
                 (_, Instrument::Unix(socket)) => exchange(socket, source, answer)?,
                 (_, Instrument::Tcp(socket)) => exchange(socket, source, answer)?,

@@ -132,7 +132,9 @@ impl Bench<'_> {
         for (cell, (op, size_bytes)) in cells.iter().copied().enumerate() {
             say(&Event::Begins { cell, cells: cells.len(), op, size_bytes })?;
             let limit = match (&mut self.limits, self.agent.to(1).channel(size_bytes)) {
-                (Some(limits), Some(channel)) => limits.of_row(op, size_bytes, channel, self.plan.spins)?,
+                (Some(limits), Some(channel)) => {
+                    limits.of_row(op, size_bytes, channel, self.plan.spins, self.plan.memory)?
+                }
                 _ => None,
             };
             match self.cell(op, size_bytes)? {
