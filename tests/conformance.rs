@@ -1,5 +1,6 @@
 //! What every call must do, between agents of one process: values, layouts, sizes, handlers, order, errors.
 
+mod attended;
 mod builtins;
 mod cancel;
 mod derived;

@@ -184,6 +184,11 @@ impl Agent {
         ToAll::new(workers.into_iter().map(|worker| self.to(worker)).collect())
     }
 
+    /// Whether a thread of this agent stays with one peer's ring now, as calls come by it one after the other: for measurements.
+    pub fn attends(&self) -> bool {
+        self.0.driver.attends()
+    }
+
     /// Calls of this agent that wait for a reply.
     pub fn in_flight(&self) -> usize {
         let links = self.0.routes().iter().filter_map(|route| lock(&route.current).clone());

@@ -5,13 +5,15 @@
 //! ran last. Before any other job the leader passes its role on, to an idle thread or a new one. Should a short job turn
 //! out long, the watchdog takes the role away within two ticks. So a short handler costs no thread switch, a long one
 //! does not delay others, and heartbeats and replies depend on no handler. Before it sleeps, the leader looks a while at the rings and
-//! the sockets by which something came lately, if that pays (`spin`).
+//! the sockets by which something came lately, if that pays (`spin`); if it does not, and one ring wakes it again and again, it passes
+//! the role on and stays with that ring (`attend`).
 //! (A timer armed for each job would bound this more tightly, but costs 10 µs on a virtual machine.)
 //! Invariant D1: see `endpoint`. Invariant D2: a thread in a job leads for at most two [`WATCH_TICK`]s.
 //! Invariant BOUNDED: dialing, greeting and draining have deadlines, checked by the leader. Heartbeats are sent, and missed, by
 //! the watchdog's thread, whatever the leader does.
 
 mod accept;
+mod attend;
 mod engine;
 mod job;
 mod pool;
@@ -160,6 +162,12 @@ pub struct Driver {
     hot: Mutex<Vec<Arc<Endpoint>>>,
     /// What leaders have seen of spinning.
     spin: Seen,
+    /// The one whose ring a thread stays with (ATTEND), and the number of the job that the thread runs meanwhile; 0 while it runs
+    /// none, or a long one.
+    attended: Mutex<Option<Arc<Endpoint>>>,
+    attended_job: AtomicU64,
+    /// Such jobs so far.
+    attended_jobs: AtomicU64,
     /// Times that the leader has found something without asking the system.
     looks: AtomicU32,
     next_token: AtomicU64,
@@ -258,6 +266,9 @@ impl Driver {
             unflushed: Mutex::default(),
             hot: Mutex::default(),
             spin: Seen::new(spin),
+            attended: Mutex::default(),
+            attended_job: AtomicU64::new(0),
+            attended_jobs: AtomicU64::new(0),
             looks: AtomicU32::new(0),
             next_token: AtomicU64::new(FIRST_TOKEN),
             bulk_keys: Mutex::default(),
@@ -385,6 +396,11 @@ impl Driver {
         !listed.is_empty()
     }
 
+    /// Whether a thread stays with one ring now, as calls come by it one after the other.
+    pub fn attends(&self) -> bool {
+        lock(&self.attended).is_some()
+    }
+
     /// How often TCP was dialed because a Unix socket that should have led there did not.
     pub fn unix_fallbacks(&self) -> u64 {
         self.fallbacks.load(Ordering::Relaxed)
@@ -443,6 +459,7 @@ impl Driver {
             self.await_goodbyes(deadline.min(Instant::now() + LINGER));
         }
         lock(&self.pool).stop = true;
+        self.send_attendant_away();
         self.work.notify_all();
         self.wake_leader();
         self.tick_watchdog(WATCH_TICK);

@@ -37,7 +37,7 @@ use rustix::io::Errno;
 use bulk::{Bulk, BulkLink, BulkRx, ENDED_MAX, STALL_MAX};
 pub use encode::{Outbound, Staged, stage};
 pub(crate) use encode::{encode_frame, encoded, greeting, payload, read_greeting, write_greeting};
-use rings::{Bell, ended_with, only_bells};
+use rings::{Bell, Driven, ended_with, only_bells};
 
 use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
 use crate::auth::{Acceptor, Dialer};
@@ -139,8 +139,14 @@ pub struct Endpoint {
     ended: AtomicBool,
     /// The leader looks at the ring by itself (W3).
     pub(crate) hot: AtomicBool,
-    /// A caller reads the ring.
+    /// A thread other than the leader reads the ring.
     driven: AtomicBool,
+    /// A thread attends the ring; a caller that could read it by itself waits.
+    attended: AtomicBool,
+    caller_waits: AtomicBool,
+    /// How often in a row the leader was woken for the ring soon after the last time, and when that was, after `opened_at`.
+    rung: AtomicU32,
+    rung_us: AtomicU64,
     /// What callers that wait here have seen of spinning.
     spin: Seen,
     /// What the last heartbeat found in the rings.
@@ -261,6 +267,10 @@ impl Endpoint {
             ended: AtomicBool::new(false),
             hot: AtomicBool::new(false),
             driven: AtomicBool::new(false),
+            attended: AtomicBool::new(false),
+            caller_waits: AtomicBool::new(false),
+            rung: AtomicU32::new(0),
+            rung_us: AtomicU64::new(0),
             spin: Seen::new(driver.config().spin),
             signs: Mutex::default(),
             bulk_stalled: AtomicBool::new(false),
@@ -892,14 +902,14 @@ impl Endpoint {
             return false;
         }
         self.flush_gathered();
-        let Ok(mut rx) = self.rx.try_lock() else { return false };
+        let Ok(mut rx) = self.rx.try_lock() else {
+            self.send_attendant_away();
+            return false;
+        };
         let mut turn = Turn::default();
         if rx.ring.is_some() {
-            self.driven.store(true, Ordering::Relaxed);
-            let driven = self.drive_ring(&mut rx, &mut turn, done, deadline);
-            self.driven.store(false, Ordering::Relaxed);
-            drop(rx);
-            if let Err(cause) = driven.and_then(|()| self.leave_ring(&mut turn)) {
+            let end = self.drive_ring(&mut Driven::new(self, rx), &mut turn, done, deadline);
+            if let Err(cause) = end.and_then(|()| self.leave_ring(&mut turn)) {
                 self.close(cause);
             }
             self.driver.finish_turn(&mut turn);

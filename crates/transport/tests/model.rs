@@ -11,7 +11,7 @@ mod lane;
 
 use std::sync::Arc;
 
-use lane::{AWAKE, DRIVER, Lane};
+use lane::{AWAKE, DRIVER, Lane, THREAD};
 use loom::cell::UnsafeCell;
 use loom::thread;
 
@@ -28,6 +28,28 @@ fn whoever_sleeps_is_woken_by_what_was_published() {
         let sleeps = lane.sleep(DRIVER, 0);
         let woken = sent.join().unwrap();
         assert!(!sleeps || woken == DRIVER, "it sleeps, and nobody wakes it");
+    });
+}
+
+/// W2: who rouses the receiver's thread takes no wake from the driver, to whom that thread has left the ring meanwhile.
+#[test]
+fn who_rouses_a_thread_leaves_the_drivers_sleep_alone() {
+    loom::model(|| {
+        let lane = Arc::new(Lane::default());
+        let sender = Arc::clone(&lane);
+        let sent = thread::spawn(move || {
+            sender.publish(64);
+            sender.take_sleeper()
+        });
+        let rouser = Arc::clone(&lane);
+        let roused = thread::spawn(move || rouser.take_thread());
+        lane.sleep(THREAD, 0);
+        // It goes of its own accord, whoever has woken it, if anybody.
+        lane.wake();
+        let sleeps = lane.sleep(DRIVER, 0);
+        let (woken, roused) = (sent.join().unwrap(), roused.join().unwrap());
+        // A thread that was roused has gone before the driver's mark came. Loom does not know: to it, the two stores have no order.
+        assert!(!sleeps || woken == DRIVER || roused, "the driver sleeps, and nobody wakes it");
     });
 }
 

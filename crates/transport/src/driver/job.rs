@@ -89,8 +89,13 @@ impl Turn {
         self.now = None;
     }
 
+    /// Jobs were gathered.
+    pub(crate) fn has_jobs(&self) -> bool {
+        !self.jobs.is_empty()
+    }
+
     /// Nothing was gathered.
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.jobs.is_empty() && self.dirty.is_empty()
     }
 
@@ -100,7 +105,7 @@ impl Turn {
         }
     }
 
-    pub(super) fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         for endpoint in self.dirty.drain(..) {
             endpoint.flush();
         }

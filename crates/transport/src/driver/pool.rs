@@ -128,7 +128,9 @@ impl Driver {
                 }
                 self.may_run(&pool)
             };
-            self.poll(backlog, turn);
+            if self.poll(backlog, term, turn) {
+                return;
+            }
             turn.flush();
             self.flush_all();
             let may_run = {
@@ -150,10 +152,19 @@ impl Driver {
             && (pool.idle > 0 || pool.threads.len() < self.config.threads_max)
     }
 
-    fn run(self: &Arc<Self>, job: Job, turn: &mut Turn) {
+    pub(super) fn run(self: &Arc<Self>, job: Job, turn: &mut Turn) {
         let before = RUNNING.replace(Arc::as_ptr(self));
         job.run(turn);
         RUNNING.set(before);
+    }
+
+    /// One more job may run: if some are `waiting`, it is a thread's that is `idle`, or the leader's.
+    pub(super) fn hand_on(&self, waiting: bool, idle: bool) {
+        match (waiting, idle) {
+            (true, true) => self.work.notify_one(),
+            (true, false) => self.wake_leader(),
+            (false, _) => {}
+        }
     }
 
     /// Runs `f`, which waits for something that other jobs may have to bring: meanwhile one more of them may run. From any
@@ -166,11 +177,7 @@ impl Driver {
         pool.running -= 1;
         let (waiting, idle) = (!pool.jobs.is_empty(), pool.idle > 0);
         drop(pool);
-        match (waiting, idle) {
-            (true, true) => self.work.notify_one(),
-            (true, false) => self.wake_leader(),
-            (false, _) => {}
-        }
+        self.hand_on(waiting, idle);
         /// Whatever `f` does: the job runs on, and is counted again.
         struct Blocked<'a>(&'a Driver);
         impl Drop for Blocked<'_> {
@@ -185,8 +192,9 @@ impl Driver {
         f()
     }
 
-    /// Waits for events, unless jobs wait already, and hands them to their sources.
-    fn poll(self: &Arc<Self>, backlog: bool, turn: &mut Turn) {
+    /// Waits for events, unless jobs wait already, and hands them to their sources. `true`: it has done something else meanwhile, and
+    /// another thread leads.
+    fn poll(self: &Arc<Self>, backlog: bool, term: u64, turn: &mut Turn) -> bool {
         let mut timeout = self.timeout(backlog);
         let idle = timeout.is_none_or(|timeout| timeout != NOW);
         let began = idle.then(Instant::now);
@@ -196,9 +204,11 @@ impl Driver {
             // Sockets and timers have their turn, too.
             let long = began.is_some_and(|began| began.elapsed() > LONG_LOOK);
             if !long && self.looks.fetch_add(1, Ordering::Relaxed) % LOOKS != LOOKS - 1 {
-                return;
+                return false;
             }
             timeout = Some(NOW);
+        } else if idle && !is_cold && self.attend(term, turn) {
+            return true;
         } else if idle && self.cool_all(turn) {
             timeout = Some(NOW);
         } else if let (Some(began), true, true) = (began, is_cold, self.by_socket.swap(false, Ordering::Relaxed)) {
@@ -234,6 +244,7 @@ impl Driver {
         if self.micros(Instant::now()) >= self.next_timer_us.load(Ordering::SeqCst) {
             self.run_timers();
         }
+        false
     }
 
     /// Looks at the rings in which something came lately: for a while from `idle` on, if there is nothing else to do. Whether
@@ -355,7 +366,7 @@ impl Driver {
 
     /// Takes the role from the leader of `term` and finds another thread for it, which the caller must notify. `false`: that
     /// one does not lead any more, or no thread can be had; then the watchdog tries again.
-    fn pass_role(self: &Arc<Self>, pool: &mut Pool, term: u64) -> bool {
+    pub(super) fn pass_role(self: &Arc<Self>, pool: &mut Pool, term: u64) -> bool {
         if !self.leads(term) || pool.stop {
             return false;
         }
@@ -402,7 +413,7 @@ impl Driver {
 
     /// The watchdog's thread: takes the leading role from a thread whose job has lasted a tick, and sends heartbeats.
     pub(super) fn watch(self: &Arc<Self>) {
-        let (mut seen, mut idle_ticks) = (0, 0);
+        let (mut seen, mut idle_ticks, mut attended_job, mut attended_jobs) = (0, 0, 0, 0);
         let period = self.config.peer_timeout / BEATS_MISSED;
         let mut next_beat = None;
         loop {
@@ -428,6 +439,7 @@ impl Driver {
                 continue;
             }
             let gathered = self.flush_listed();
+            attended_job = self.look_after_attended(attended_job);
             let mut pool = lock(&self.pool);
             let begun = self.jobs_begun.load(Ordering::SeqCst);
             let busy_term = self.busy_term.load(Ordering::SeqCst);
@@ -437,7 +449,8 @@ impl Driver {
                 if self.pass_role(&mut pool, busy_term) {
                     self.work.notify_one();
                 }
-            } else if gathered {
+            } else if gathered || self.attended_jobs.load(Ordering::SeqCst) != attended_jobs {
+                attended_jobs = self.attended_jobs.load(Ordering::SeqCst);
                 idle_ticks = 0;
             } else {
                 idle_ticks += 1;
@@ -447,7 +460,11 @@ impl Driver {
                 idle_ticks = 0;
                 self.tick_watchdog(Duration::ZERO);
                 self.watching.store(false, Ordering::SeqCst);
-                let wanted = || self.jobs_begun.load(Ordering::SeqCst) != seen || !lock(&self.gathered).is_empty();
+                let wanted = || {
+                    self.jobs_begun.load(Ordering::SeqCst) != seen
+                        || self.attended_jobs.load(Ordering::SeqCst) != attended_jobs
+                        || !lock(&self.gathered).is_empty()
+                };
                 if wanted() || lock(&self.pool).stop {
                     // Somebody began a job, or gathers, and still saw the watchdog tick; or the last tick was asked for meanwhile.
                     self.watching.store(true, Ordering::SeqCst);

@@ -2,7 +2,8 @@
 //!
 //! Once both sides read the rings (`shm::ring`), bytes on the socket mean nothing but "look": the driver, which sleeps on it, reads
 //! them, sees to what waits for room, and to the ring if nobody else does. Who reads the ring holds `rx`, as of a socket, and *leaves*
-//! it in the end: either what comes next wakes the driver, or the endpoint is *hot* and the leader looks by itself.
+//! it in the end: either what comes next wakes the driver, or the endpoint is *hot* and the leader looks by itself. A thread of the
+//! driver that *attends* it (`driver::attend`) reads it as a caller does, and keeps it through its short jobs.
 //! Invariant D1: as of a socket. Invariant W3: a ring is left by whoever let go of it last, or is hot.
 
 use std::cell::Cell;
@@ -10,8 +11,8 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, TryLockError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
@@ -32,6 +33,11 @@ const BATCHES: usize = 8;
 const LEAVING_BATCHES: usize = 2;
 /// Metadata that a frame may have that is copied to the ring as a whole.
 const SMALL_BYTES_MAX: usize = 4 << 10;
+/// A leader that is woken for a ring after less than this, so many times in a row, stays with it (`driver::attend`).
+const OFTEN: Duration = Duration::from_micros(500);
+const MANY: u32 = 32;
+/// Where more comes at once, many calls are on their way: a leader that looks for them serves them best.
+const CALM_BYTES: u64 = 1 << 10;
 /// Reads of the socket until others have theirs.
 const BELLS: usize = 16;
 
@@ -251,7 +257,56 @@ impl Endpoint {
             }
         }
         self.write_backlog()?;
-        self.look(turn).map(drop)
+        let before = self.read.load(Ordering::Relaxed);
+        self.look(turn)?;
+        let read = self.read.load(Ordering::Relaxed) - before;
+        self.count_ring((1..=CALM_BYTES).contains(&read));
+        Ok(())
+    }
+
+    /// The leader was woken, for a frame or two or for something else.
+    fn count_ring(&self, by_frame: bool) {
+        let now_us = self.opened_at.elapsed().as_micros() as u64;
+        let last_us = self.rung_us.swap(now_us, Ordering::Relaxed);
+        let often = by_frame && now_us - last_us.min(now_us) < OFTEN.as_micros() as u64;
+        let count = if often { self.rung.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
+        self.rung.store(count, Ordering::Relaxed);
+    }
+
+    /// Whether the leader was woken for this ring many times in a short time.
+    pub(crate) fn rings_often(&self) -> bool {
+        !self.driven.load(Ordering::Relaxed) && self.rung.load(Ordering::Relaxed) >= MANY
+    }
+
+    /// Stays with the ring until it has brought jobs (`true`; then it is not left, and the attendant comes back from them), or until
+    /// nothing came for `idle`, or much at once, or a caller would read it.
+    pub(crate) fn attend_ring(self: &Arc<Self>, turn: &mut Turn, idle: Duration) -> bool {
+        let Ok(rx) = self.rx.try_lock() else { return false };
+        // The next stay is to pay, too.
+        self.rung.store(0, Ordering::Relaxed);
+        self.caller_waits.store(false, Ordering::SeqCst);
+        self.attended.store(true, Ordering::SeqCst);
+        let end = self.attend(&mut Driven::new(self, rx), turn, idle);
+        self.attended.store(false, Ordering::SeqCst);
+        match end {
+            Ok(true) => return true,
+            Ok(false) => {
+                if let Err(cause) = self.leave_ring(turn) {
+                    self.close(cause);
+                }
+            }
+            Err(cause) => self.close(cause),
+        }
+        false
+    }
+
+    /// A caller waits for a reply, and another thread reads the ring: if that one only attends it, the next caller is to read by
+    /// itself, which costs no switch of threads.
+    pub(crate) fn send_attendant_away(&self) {
+        if let (true, Some(rings)) = (self.attended.load(Ordering::SeqCst), self.rings.get()) {
+            self.caller_waits.store(true, Ordering::SeqCst);
+            rings.rouse();
+        }
     }
 
     /// There may be room.
@@ -354,13 +409,18 @@ impl Endpoint {
             if self.hot.load(Ordering::Relaxed) || self.cause.get().is_some() {
                 return Ok(());
             }
-            // Else its holder will leave it.
-            let Ok(mut rx) = self.rx.try_lock() else { return Ok(()) };
+            let mut rx = match self.rx.try_lock() {
+                Ok(rx) => rx,
+                // Its holder will leave it.
+                Err(TryLockError::WouldBlock) => return Ok(()),
+                Err(TryLockError::Poisoned(_)) => return Err(CloseCause::PeerLost { source: None }),
+            };
             let Some(ring) = &rx.ring else { return Ok(()) };
             if !ring.leave() || self.ended.load(Ordering::SeqCst) {
                 if batches == LEAVING_BATCHES {
-                    self.driver.heat(self);
+                    // Else a leader that cools it at once would leave it to this thread.
                     drop(rx);
+                    self.driver.heat(self);
                     self.driver.rouse_leader();
                     return Ok(());
                 }
@@ -385,15 +445,15 @@ impl Endpoint {
         }
     }
 
-    /// The rest of [`Endpoint::drive_until`], by a thread that holds `rx`.
+    /// The rest of [`Endpoint::drive_until`].
     pub(super) fn drive_ring(
         self: &Arc<Self>,
-        rx: &mut Rx,
+        driven: &mut Driven<'_>,
         turn: &mut Turn,
         done: &dyn Fn() -> bool,
         deadline: Instant,
     ) -> Result<(), CloseCause> {
-        let Some(rings) = self.rings.get() else { return Ok(()) };
+        let (Some(rings), Some(rx)) = (self.rings.get(), &mut driven.rx) else { return Ok(()) };
         rings.disarm();
         let mut began = None;
         while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() {
@@ -403,22 +463,93 @@ impl Endpoint {
                 if Instant::now() >= deadline {
                     break;
                 }
-                continue;
-            }
-            let now = Instant::now();
-            let first = began.is_none();
-            began.get_or_insert(now);
-            let Some(ring) = &rx.ring else { return Ok(()) };
-            if first && !rings.shares_processor() && self.spin.look(now, || !ring.is_empty()) {
-                continue;
-            }
-            let left = deadline.saturating_duration_since(now);
-            if left.is_zero() {
+            } else if !self.await_bytes(rx, &mut began, |_| deadline, || false) {
                 break;
             }
-            ring.sleep(left.min(tcp::RECV_TICK), || self.cause.get().is_some() || self.ended.load(Ordering::SeqCst));
         }
         Ok(())
+    }
+
+    /// The rest of [`Endpoint::attend_ring`]; whether it has brought jobs.
+    fn attend(self: &Arc<Self>, driven: &mut Driven<'_>, turn: &mut Turn, idle: Duration) -> Result<bool, CloseCause> {
+        let (Some(rings), Some(rx)) = (self.rings.get(), &mut driven.rx) else { return Ok(false) };
+        rings.disarm();
+        let mut began = None;
+        let is_unwanted = || self.caller_waits.load(Ordering::SeqCst);
+        while !is_unwanted() && self.cause.get().is_none() {
+            let before = self.read.load(Ordering::Relaxed);
+            for _ in 0..BATCHES {
+                if !self.read_ring(rx, turn)? {
+                    break;
+                }
+            }
+            turn.flush();
+            let read = self.read.load(Ordering::Relaxed) - before;
+            if read > CALM_BYTES {
+                return Ok(false);
+            }
+            if turn.has_jobs() {
+                return Ok(true);
+            }
+            if read > 0 {
+                began.take().inspect(|began| self.spin.waited(*began));
+            } else if !self.await_bytes(rx, &mut began, |began| began + idle, is_unwanted) {
+                return Ok(false);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Nothing was to be read since `began`, if anything: looks for bytes a while, or sleeps until there are some or it is `over`.
+    /// `false`: the deadline has passed.
+    fn await_bytes(
+        &self,
+        rx: &Rx,
+        began: &mut Option<Instant>,
+        deadline: impl Fn(Instant) -> Instant,
+        over: impl Fn() -> bool,
+    ) -> bool {
+        let (Some(rings), Some(ring)) = (self.rings.get(), &rx.ring) else { return false };
+        let now = Instant::now();
+        let first = began.is_none();
+        let began = *began.get_or_insert(now);
+        if first && !rings.shares_processor() && self.spin.look(now, || !ring.is_empty()) {
+            return true;
+        }
+        let left = deadline(began).saturating_duration_since(now);
+        if left.is_zero() {
+            return false;
+        }
+        let over = || over() || self.cause.get().is_some() || self.ended.load(Ordering::SeqCst);
+        ring.sleep(left.min(tcp::RECV_TICK), over);
+        true
+    }
+}
+
+/// A thread other than the leader reads the ring.
+pub(super) struct Driven<'a> {
+    endpoint: &'a Arc<Endpoint>,
+    /// Taken only by `drop`.
+    rx: Option<MutexGuard<'a, Rx>>,
+}
+
+impl<'a> Driven<'a> {
+    pub(super) fn new(endpoint: &'a Arc<Endpoint>, rx: MutexGuard<'a, Rx>) -> Self {
+        endpoint.driven.store(true, Ordering::Relaxed);
+        Self { endpoint, rx: Some(rx) }
+    }
+}
+
+impl Drop for Driven<'_> {
+    fn drop(&mut self) {
+        let Self { endpoint, rx } = self;
+        endpoint.driven.store(false, Ordering::Relaxed);
+        drop(rx.take());
+        if std::thread::panicking() {
+            // Foreign code has: nobody has left the ring, and the leader finds out that it cannot be read on.
+            endpoint.driver.heat(endpoint);
+            endpoint.driver.rouse_leader();
+        }
     }
 }
 

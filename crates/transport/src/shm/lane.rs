@@ -74,6 +74,12 @@ impl Lane {
         }
     }
 
+    /// Whether a thread of the receiver slept, to be woken by the caller alone. Nobody else is taken for awake.
+    pub(crate) fn take_thread(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.waiting.0.compare_exchange(THREAD, AWAKE, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
     pub(crate) fn beat(&self) {
         self.beats.0.0.fetch_add(1, Ordering::Relaxed);
     }

@@ -184,7 +184,7 @@ impl Rings {
 
     /// Wakes this side's thread that sleeps in [`RingReader::sleep`], if one does.
     pub(crate) fn rouse(&self) {
-        if self.lane(false).take_sleeper() == lane::THREAD {
+        if self.lane(false).take_thread() {
             wake_thread(self.lane(false));
         }
     }
