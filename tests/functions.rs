@@ -339,6 +339,19 @@ pub(crate) fn own_and_fill(x: Tensor, value: u8) -> Result<((usize, u64), bool)>
     Ok((before, after.as_slice::<u8>()?.iter().all(|byte| *byte == value)))
 }
 
+/// Writes over its argument, in place, and sends it back.
+#[farcall::function(name = "test::own_fill_and_echo")]
+pub(crate) fn own_fill_and_echo(x: Tensor, value: u8) -> Result<Tensor> {
+    filled(x, value)
+}
+
+/// Sends back the rows from there on, turned.
+#[farcall::function(name = "test::rows_from")]
+pub(crate) fn rows_from(x: Tensor, start: usize) -> Result<Tensor> {
+    let rows = x.shape()[0];
+    Ok(x.narrow(0, start, rows - start)?.transpose(0, 1)?)
+}
+
 /// Writes over its argument, in place, and keeps it.
 #[farcall::function(name = "test::own_and_fill_kept")]
 pub(crate) fn own_and_fill_kept(key: String, x: Tensor, value: u8) -> Result<()> {

@@ -10,7 +10,8 @@ use farcall::transport::{NoSlabs, Passing};
 use farcall::{Layout, Storage, TensorMut, Transport};
 
 use crate::functions::{
-    echo, forget, gate, hash, hash_after, keep, kept_hash, own_and_fill, own_and_fill_kept, pattern,
+    echo, forget, gate, hash, hash_after, keep, kept_hash, own_and_fill, own_and_fill_kept, own_fill_and_echo, pattern,
+    rows_from,
 };
 use crate::harness::{Group, bounded, eventually, step, unique};
 
@@ -73,6 +74,65 @@ fn results_and_echoes_and_views_are_whole() {
         }
         given_back(&group.agents[0], "w1");
         given_back(&group.agents[1], "w0");
+        group.shutdown();
+    });
+}
+
+/// What was borrowed goes back by its lease: nothing is copied, either way, whatever its size.
+#[test]
+fn an_echo_is_the_callers_own_memory() {
+    bounded(|| {
+        let group = group();
+        let w1 = group.agents[0].to("w1");
+        group.answers();
+        for len in [4096, 5000, 1 << 20, 3 << 20, 70 << 20] {
+            step(format_args!("{len} bytes"));
+            let x = pattern::run(len, 3).expect("memory");
+            let back = w1.call(echo, (&x,)).wait().expect("an echo");
+            assert!(back.storage().is_same(x.storage()) && back.shape() == [len]);
+            let kept = back.storage().clone().try_unique().expect_err("both hold it");
+            drop((x, kept));
+            assert_eq!(
+                hash::run(back).expect("bytes"),
+                hash::run(pattern::run(len, 3).expect("memory")).expect("bytes")
+            );
+            // The other way: it is `w1` whose memory goes to and fro.
+            let made = w1.call(pattern, (len, 4)).wait().expect("a result");
+            let again = w1.call(echo, (&made,)).wait().expect("an echo");
+            assert_eq!(again.storage().as_ptr(), made.storage().as_ptr());
+        }
+        given_back(&group.agents[0], "w1");
+        given_back(&group.agents[1], "w0");
+        group.shutdown();
+    });
+}
+
+#[test]
+fn a_part_goes_back_as_a_view_and_what_was_written_as_a_copy() {
+    bounded(|| {
+        let group = group();
+        let w1 = group.agents[0].to("w1");
+        group.answers();
+        let elements: Vec<f64> = (0..100 * 90).map(f64::from).collect();
+        let whole = Tensor::from_slice(&elements, &[100, 90]).expect("memory");
+        let x = whole.narrow(0, 3, 90).expect("a view");
+        for start in [0, 1, 50] {
+            let back = w1.call(rows_from, (&x, start)).wait().expect("rows");
+            assert!(back.storage().is_same(x.storage()));
+            assert_eq!((back.shape(), back.strides()), (&[90, 90 - start][..], &[1, 90][..]));
+            let expected = x.narrow(0, start, 90 - start).and_then(|rows| rows.transpose(0, 1)).expect("a view");
+            assert_eq!(back.to_vec::<f64>().expect("f64"), expected.to_vec::<f64>().expect("f64"));
+        }
+        // Written by the callee: its own, whole, and the caller's as it was.
+        for len in [5000, 1 << 20] {
+            let x = pattern::run(len, 5).expect("memory");
+            let before = x.to_vec::<u8>().expect("u8");
+            let filled = w1.call(own_fill_and_echo, (&x, 9_u8)).wait().expect("filled");
+            assert!(!filled.storage().is_same(x.storage()));
+            assert!(filled.to_vec::<u8>().expect("u8").iter().all(|byte| *byte == 9));
+            assert_eq!(x.to_vec::<u8>().expect("u8"), before);
+        }
+        given_back(&group.agents[0], "w1");
         group.shutdown();
     });
 }

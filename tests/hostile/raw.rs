@@ -134,6 +134,11 @@ impl Descriptor {
         Self { mode: 2, transfer: lease, offset, slab, ..Self::inline(U8, &[len as i64], len) }
     }
 
+    /// A vector of bytes that the target has lent.
+    pub(crate) fn back(lease: u64, offset: u64, len: u64) -> Self {
+        Self { mode: 3, transfer: lease, offset, ..Self::inline(U8, &[len as i64], len) }
+    }
+
     pub(crate) fn strided(mut self, strides: &[i64]) -> Self {
         (self.flags, self.strides) = (1, strides.to_vec());
         self

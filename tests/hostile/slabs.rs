@@ -117,6 +117,18 @@ fn refused(send: impl FnOnce(&mut RawPeer) + Send + 'static, why: &'static str) 
 }
 
 #[test]
+fn a_tensor_that_was_never_lent_is_not_taken_back() {
+    for (lease, offset) in [(1, 0), (0, 64), (u64::MAX, u64::MAX)] {
+        refused(
+            move |peer| peer.send(&echo_request(1, &Descriptor::back(lease, offset, 1000), &[]).bytes()),
+            "came back, and is not out",
+        );
+    }
+    let in_a_slab = Descriptor { slab: 1, ..Descriptor::back(1, 0, 1000) };
+    refused(move |peer| peer.send(&echo_request(1, &in_a_slab, &[]).bytes()), "reserved");
+}
+
+#[test]
 fn a_slab_without_a_descriptor_is_refused() {
     refused(|peer| peer.send(&pass(7, LEN)), "no descriptor came with it");
 }
@@ -220,7 +232,7 @@ fn a_tensor_in_a_slab_that_was_retired_is_refused() {
 
 #[test]
 fn a_lease_that_is_not_out_is_refused() {
-    refused(|peer| peer.send(&release(&[99])), "lease 99 was returned, and is not out");
+    refused(|peer| peer.send(&release(&[99])), "lease 99 came back, and is not out");
 }
 
 #[test]
@@ -245,7 +257,7 @@ fn a_lease_that_is_returned_twice_is_refused() {
             peer.adds(2);
             peer.send(&release(&[lease]));
         },
-        "was returned, and is not out",
+        "came back, and is not out",
     );
 }
 

@@ -13,6 +13,7 @@ mod budget;
 mod copy;
 mod view;
 
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -298,7 +299,7 @@ impl From<Span> for crate::cuda::Space {
 }
 
 /// Told once, at the last drop of a foreign storage and after the work that uses it, that its memory is no longer needed.
-pub trait Release: Send + Sync {
+pub trait Release: Any + Send + Sync {
     /// Gives the memory back to its owner. Runs on whichever thread dropped last: it must not block and must not panic.
     fn release(&self);
 
@@ -331,6 +332,10 @@ impl ForeignBytes {
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    pub(crate) fn owner(&self) -> &dyn Any {
+        &*self.owner
     }
 
     /// The bytes of foreign *host* memory: the caller checks the device first.

@@ -4,6 +4,7 @@
 //! after the write; memory goes back to its pool only after all of them, whatever is dropped when. Dropping never blocks.
 //! Invariant SNAPSHOT: between `freeze` and a successful `try_unique` nothing writes the bytes.
 
+use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -274,6 +275,16 @@ impl Storage {
         match &self.0.memory {
             Memory::Pooled(block) => Some(block.range().slab()),
             Memory::Empty | Memory::Foreign(_) | Memory::View(_) | Memory::Cuda(_) | Memory::Pinned(_) => None,
+        }
+    }
+
+    /// The owner of foreign memory, as [`Storage::external`] was given it: for who made it, to know its own again. `None` for other
+    /// memory, and for a private view.
+    #[must_use]
+    pub fn owner(&self) -> Option<&dyn Any> {
+        match &self.0.memory {
+            Memory::Foreign(foreign) => Some(foreign.owner()),
+            _ => None,
         }
     }
 

@@ -181,7 +181,7 @@ impl Link {
         if encoded.tensors.is_empty() && !slot.wants_digests() {
             return self.request_small(endpoint, slot, function, encoded.metadata);
         }
-        match Parcel::new(&endpoint.driver().config().runtime, encoded, endpoint.lends()) {
+        match Parcel::new(endpoint, encoded) {
             Ok(parcel) => self.post(endpoint, slot, function, parcel),
             Err(error) => {
                 slot.complete(Err(error.into()));

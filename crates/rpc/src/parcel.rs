@@ -6,8 +6,8 @@
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
-use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime};
-use farcall_transport::{DigestList, Staged, digests, stage};
+use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime, Storage};
+use farcall_transport::{DigestList, Endpoint, Staged, digests, stage};
 
 /// See the module. Fit to be sent once `pending` has passed.
 pub(crate) struct Parcel {
@@ -63,13 +63,15 @@ impl Deref for Contents {
 }
 
 impl Parcel {
-    /// For one call; `slabs` as of [`stage`].
+    /// For one call.
     ///
     /// # Errors
     /// Those of [`stage`].
-    pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
+    pub(crate) fn new(endpoint: &Endpoint, encoded: Encoded) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
-        let Staged { tensors, devices, pending } = stage(runtime, tensors, slabs)?;
+        let runtime = &endpoint.driver().config().runtime;
+        let is_targets = |storage: &Storage| endpoint.is_peers(storage);
+        let Staged { tensors, devices, pending } = stage(runtime, tensors, endpoint.lends(), is_targets)?;
         Ok(Self { contents: Contents::own(Encoded { metadata, tensors }), devices, pending })
     }
 }
@@ -87,7 +89,7 @@ impl SharedParcel {
     /// Those of [`stage`].
     pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
-        let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs)?;
+        let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs, |_| false)?;
         Ok(Self { contents: Arc::new(Packed::new(Encoded { metadata, tensors })), devices })
     }
 

@@ -41,6 +41,7 @@ use rings::{Bell, Driven, ended_with, only_bells};
 
 use crate::address::{Goodbye, Hello, Reason, Role, Welcome};
 use crate::auth::{Acceptor, Dialer};
+use crate::descriptor::Mode;
 use crate::driver::Seen;
 use crate::driver::{BEATS_MISSED, Driver, Peer, Registration, Turn};
 use crate::error::AuthError;
@@ -128,7 +129,7 @@ pub struct Endpoint {
     has_slabs: AtomicBool,
     /// The peer compares digests, and may send them.
     has_digests: AtomicBool,
-    lender: Mutex<Lender>,
+    lender: Arc<Mutex<Lender>>,
     returns: Arc<Returns>,
     /// Shared memory for frames, once there is some; `bell` once it is read.
     rings: OnceLock<Arc<Rings>>,
@@ -259,7 +260,7 @@ impl Endpoint {
             offers_slabs,
             has_slabs: AtomicBool::new(false),
             has_digests: AtomicBool::new(false),
-            lender: Mutex::default(),
+            lender: Arc::default(),
             returns: Arc::default(),
             rings: OnceLock::new(),
             bell: OnceLock::new(),
@@ -404,10 +405,13 @@ impl Endpoint {
         let before = wire.len();
         let mut passed = Vec::new();
         let lend = |storage: &Storage| {
+            if let Some(lent) = shm::lent_by(&self.returns, storage) {
+                return Some(Mode::Back(lent));
+            }
             let has_slabs = self.has_slabs.load(Ordering::Acquire);
             let loan = lock(has_slabs.then_some(&self.lender)?).lend(storage, &config.limits)?;
             passed.extend(loan.pass);
-            Some(loan.place)
+            Some(Mode::Slab(loan.place))
         };
         let bulk = match encode_frame(outbound, config.limits.inline_bytes_max, next_transfer, wire, lend) {
             Ok(bulk) => bulk,
@@ -693,7 +697,8 @@ impl Endpoint {
     /// Both sides pass slabs: from now on.
     fn start_slabs(self: &Arc<Self>, rx: &mut Receiver) {
         self.returns.attach(Arc::downgrade(self));
-        rx.borrow_from(Borrower::new(self.driver.config().limits.clone(), Arc::clone(&self.returns)));
+        let limits = self.driver.config().limits.clone();
+        rx.borrow_from(Borrower::new(limits, Arc::clone(&self.returns), Arc::clone(&self.lender)));
         lock(&self.lender).start();
         self.has_slabs.store(true, Ordering::Release);
     }
@@ -701,6 +706,11 @@ impl Endpoint {
     /// Tensors of this side that the peer borrows.
     pub fn lent(&self) -> usize {
         lock(&self.lender).leases()
+    }
+
+    /// Whether these bytes are the peer's own, lent by this connection: they go back without a copy.
+    pub fn is_peers(&self, storage: &Storage) -> bool {
+        shm::lent_by(&self.returns, storage).is_some()
     }
 
     /// Whether tensors can be passed to the peer in slabs now.

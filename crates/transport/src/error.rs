@@ -87,8 +87,8 @@ pub enum ProtocolError {
     /// Rings that cannot be mapped safely, or into which somebody has written.
     #[error("the rings are refused: {reason}")]
     Rings { reason: &'static str },
-    /// A lease returned that was not out.
-    #[error("lease {lease} was returned, and is not out")]
+    /// A lease returned, or its tensor sent back, that was not out.
+    #[error("lease {lease} came back, and is not out")]
     Lease { lease: u64 },
     /// The hello could not be read.
     #[error("malformed {what}: {message}")]

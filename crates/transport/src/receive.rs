@@ -235,7 +235,7 @@ impl Receiver {
         let mut arriving = Vec::with_capacity(header.tensors as usize);
         for _ in 0..header.tensors {
             let Descriptor { layout, mode, .. } = Descriptor::read(&mut table, &self.limits)?;
-            arriving.push(Arriving { layout, travels: !matches!(mode, Mode::Slab(_)) });
+            arriving.push(Arriving { layout, travels: !matches!(mode, Mode::Slab(_) | Mode::Back(_)) });
         }
         Ok(placer.place(&arriving))
     }
@@ -382,7 +382,8 @@ impl Receiver {
             if !self.digests && Descriptor::has_digests(table) {
                 return Err(ProtocolError::ReservedDescriptorBits.into());
             }
-            let Descriptor { layout, device, mode, len_bytes, digests } = Descriptor::read(&mut table, &self.limits)?;
+            let Descriptor { mut layout, device, mode, len_bytes, digests } =
+                Descriptor::read(&mut table, &self.limits)?;
             frame_bytes = frame_bytes.saturating_add(len_bytes);
             crate::frame::limit("tensor bytes in one frame", frame_bytes, self.limits.tensor_bytes_max)?;
             if others > 0 {
@@ -405,6 +406,12 @@ impl Receiver {
                 Mode::Slab(place) => {
                     let borrower = self.borrower.as_ref().ok_or(ProtocolError::Mode { found: 2 })?;
                     Place::Complete(borrower.borrow(place, len_bytes)?)
+                }
+                Mode::Back(lent) => {
+                    let borrower = self.borrower.as_ref().ok_or(ProtocolError::Mode { found: 3 })?;
+                    let storage;
+                    (storage, layout) = borrower.take_back(lent, &layout, len_bytes)?;
+                    Place::Complete(storage)
                 }
             };
             slots.push(Slot { layout, device, place, digests });

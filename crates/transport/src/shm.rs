@@ -9,6 +9,7 @@
 //! lender                                        borrower
 //!   Slab  (id, bytes, + the descriptor)   →       checks seals and size, maps
 //!   Request or Reply (slab, offset, lease) →      borrows: `Storage::external`
+//!   finds its own storage                 ←       Request or Reply (lease, offset): sends it back
 //!   keeps the storage                     ←       Release (leases)
 //!   Retire (id), once it is unmapped      →       unmaps after the last use
 //! ```
@@ -47,6 +48,7 @@ pub(crate) use borrower::{Borrower, Returns, read_release};
 pub(crate) use lender::Lender;
 pub(crate) use ring::{RingReader, RingWriter, Rings, Sleeper};
 
+use crate::descriptor::Lent;
 use crate::{CloseCause, NoSlabs, ProtocolError};
 
 /// Tensors of so many bytes pass in slabs, where slabs pass. Shorter ones travel in their frame: a lease and its return cost about as much as this many bytes twice through a socket
@@ -144,6 +146,13 @@ impl Drop for Mapping {
             tracing::error!(%errno, "munmap failed: a peer's slab stays mapped");
         }
     }
+}
+
+/// The lease under which the peer behind `returns` has lent these bytes, and where in its slab they start.
+pub(crate) fn lent_by(returns: &Arc<Returns>, storage: &Storage) -> Option<Lent> {
+    let borrowed = storage.owner()?.downcast_ref::<Borrowed>()?;
+    let Borrowed { lease, offset, .. } = *borrowed;
+    Arc::ptr_eq(&borrowed.returns, returns).then_some(Lent { lease, offset })
 }
 
 /// What a borrowed storage holds.

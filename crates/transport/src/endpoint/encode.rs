@@ -4,7 +4,7 @@ use farcall_device::{Device, DeviceError, Fences, Runtime, Storage, Tensor};
 use std::io::IoSlice;
 
 use super::lost;
-use crate::descriptor::{Descriptor, Mode, Place};
+use crate::descriptor::{Descriptor, Lent, Mode, Place};
 use crate::digest::DigestList;
 use crate::frame::{HEADER_BYTES, Header, Kind, WANTS_DIGESTS};
 use crate::shm::LENT_BYTES_MIN;
@@ -52,11 +52,17 @@ pub struct Staged {
 }
 
 /// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
-/// streams behind their writes. Nothing is waited for. With `slabs`, memory that is in none is copied into one, here and now.
+/// streams behind their writes. Nothing is waited for. With `slabs`, memory that is in none is copied into one, here and now, unless
+/// it `is_targets`.
 ///
 /// # Errors
 /// [`DeviceError`] of a device or of memory.
-pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>, slabs: bool) -> Result<Staged, DeviceError> {
+pub fn stage(
+    runtime: &Runtime,
+    mut tensors: Vec<Tensor>,
+    slabs: bool,
+    is_targets: impl Fn(&Storage) -> bool,
+) -> Result<Staged, DeviceError> {
     let mut devices = Vec::new();
     if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
         devices.extend(tensors.iter().map(Tensor::device));
@@ -65,7 +71,7 @@ pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>, slabs: bool) -> Result
         let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
         if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
-        } else if slabs && tensor.layout().byte_span().len() as u64 >= LENT_BYTES_MIN {
+        } else if slabs && tensor.layout().byte_span().len() as u64 >= LENT_BYTES_MIN && !is_targets(tensor.storage()) {
             // SNAPSHOT: its owner may write it again once the call was made.
             *tensor = runtime.in_slab(tensor)?;
         }
@@ -75,13 +81,13 @@ pub fn stage(runtime: &Runtime, mut tensors: Vec<Tensor>, slabs: bool) -> Result
 }
 
 /// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids. `lend` gives
-/// the place of a storage's first byte in a slab that the peer has, or will have before this frame.
+/// the place of a storage's first byte in a slab that the peer has, or will have before this frame, or says that the peer has lent it.
 pub(crate) fn encode_frame(
     outbound: &Outbound<'_>,
     inline_bytes_max: u64,
     next_transfer: &mut u64,
     wire: &mut Vec<u8>,
-    mut lend: impl FnMut(&Storage) -> Option<Place>,
+    mut lend: impl FnMut(&Storage) -> Option<Mode>,
 ) -> Result<Vec<(u64, Tensor)>, DeviceError> {
     // Unreadable tensors fail their own call, here; later they would end the connection, and leases be out for nothing.
     for tensor in outbound.tensors {
@@ -105,10 +111,18 @@ pub(crate) fn encode_frame(
         let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
         let mut descriptor = Descriptor::of(tensor, device, Mode::Inline);
         descriptor.digests = outbound.digests.and_then(|digests| digests.get(index).cloned());
-        let lent = if descriptor.len_bytes < LENT_BYTES_MIN { None } else { lend(tensor.storage()) };
-        if let Some(place) = lent {
-            let offset = place.offset + tensor.layout().byte_span().start as u64;
-            descriptor.mode = Mode::Slab(Place { offset, ..place });
+        let start = tensor.layout().byte_span().start as u64;
+        let mut lent = if descriptor.len_bytes < LENT_BYTES_MIN { None } else { lend(tensor.storage()) };
+        if let Some(Mode::Slab(Place { offset, .. }) | Mode::Back(Lent { offset, .. })) = &mut lent {
+            *offset += start;
+        }
+        // In its lender's storage it must begin at an element.
+        let lent = lent.filter(|mode| match mode {
+            Mode::Back(lent) => lent.offset.is_multiple_of(tensor.dtype().size_bytes() as u64),
+            _ => true,
+        });
+        if let Some(mode) = lent {
+            descriptor.mode = mode;
         } else if header.payload_len + descriptor.len_bytes <= inline_bytes_max {
             header.payload_len += descriptor.len_bytes;
             inline.push(tensor);

@@ -3,7 +3,7 @@
 use farcall_device::{DType, Device, Layout};
 
 use super::{Golden, limits};
-use crate::descriptor::{Descriptor, MAX_BYTES, Mode, Place};
+use crate::descriptor::{Descriptor, Lent, MAX_BYTES, Mode, Place};
 
 /// Every descriptor read is within its limits, and is read again from what is written of it.
 pub fn descriptors(input: &[u8]) -> bool {
@@ -82,6 +82,7 @@ pub fn golden() -> Vec<Golden> {
             "slab",
             wire(&[of(dense(DType::F32, &[9]), Device::HOST, Mode::Slab(Place { slab: 1, offset: 64, lease: 2 }))]),
         ),
+        ("back", wire(&[of(dense(DType::F32, &[9]), Device::HOST, Mode::Back(Lent { lease: 2, offset: 64 }))])),
         ("rank-16", wire(&[host(dense(DType::U8, &[1, 2, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 3]))])),
         (
             "two",

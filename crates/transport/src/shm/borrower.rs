@@ -5,10 +5,10 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
-use farcall_device::Storage;
+use farcall_device::{Layout, Storage};
 
-use super::Mapping;
-use crate::descriptor::Place;
+use super::{Lender, Mapping};
+use crate::descriptor::{Lent, Place};
 use crate::endpoint::{Endpoint, lock};
 use crate::frame::{Header, Kind, limit};
 use crate::{CloseCause, Limits, ProtocolError};
@@ -23,11 +23,13 @@ pub(crate) struct Borrower {
     slabs: HashMap<u64, Arc<Mapping>>,
     mapped_bytes: u64,
     returns: Arc<Returns>,
+    /// What this side has lent to that peer.
+    lender: Arc<Mutex<Lender>>,
 }
 
 impl Borrower {
-    pub(crate) fn new(limits: Limits, returns: Arc<Returns>) -> Self {
-        Self { limits, slabs: HashMap::new(), mapped_bytes: 0, returns }
+    pub(crate) fn new(limits: Limits, returns: Arc<Returns>, lender: Arc<Mutex<Lender>>) -> Self {
+        Self { limits, slabs: HashMap::new(), mapped_bytes: 0, returns, lender }
     }
 
     /// The peer passes a slab of `len` bytes, with its descriptor.
@@ -62,6 +64,19 @@ impl Borrower {
             return Err(ProtocolError::OutsideSlab { slab, offset, len, slab_bytes });
         }
         Ok(mapping.storage(offset as usize, len as usize, lease, &self.returns))
+    }
+
+    /// A tensor of this side's own that the peer had borrowed: its storage, and `layout` where it lies in that.
+    pub(crate) fn take_back(&self, lent: Lent, layout: &Layout, len: u64) -> Result<(Storage, Layout), CloseCause> {
+        let (storage, start) = lock(&self.lender).sent_back(lent, len)?;
+        let size = layout.dtype().size_bytes() as u64;
+        if !start.is_multiple_of(size) {
+            let message = format!("{} that start at byte {start} of what was lent", layout.dtype());
+            return Err(ProtocolError::Malformed { what: "descriptor", message }.into());
+        }
+        let offset = (start / size) as usize;
+        let layout = Layout::strided(layout.dtype(), layout.shape(), layout.strides(), offset);
+        Ok((storage, layout.map_err(ProtocolError::from)?))
     }
 }
 
@@ -153,7 +168,7 @@ mod tests {
         SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL).union(SealFlags::FUTURE_WRITE);
 
     fn borrower(limits: Limits) -> Borrower {
-        Borrower::new(limits, Arc::default())
+        Borrower::new(limits, Arc::default(), Arc::default())
     }
 
     fn file(len: u64, seals: SealFlags) -> OwnedFd {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use farcall_device::{Slab, Storage};
 
-use crate::descriptor::Place;
+use crate::descriptor::{Lent, Place};
 use crate::{Limits, ProtocolError};
 
 /// See the module. It lends nothing before it was told that the peer borrows, and nothing after the end.
@@ -50,6 +50,20 @@ impl Lender {
         self.leases.insert(self.next_lease, storage.clone());
         let place = Place { slab: slab.id(), offset: storage.slab_offset() as u64, lease: self.next_lease };
         Some(Loan { place, pass })
+    }
+
+    /// What the peer has borrowed, and now sends back: its storage, and where in it `len` bytes start.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Lease`] if it is not out; [`ProtocolError::OutsideSlab`] for bytes that were not lent under it.
+    pub(crate) fn sent_back(&self, lent: Lent, len: u64) -> Result<(Storage, u64), ProtocolError> {
+        let Lent { lease, offset } = lent;
+        let storage = self.leases.get(&lease).ok_or(ProtocolError::Lease { lease })?;
+        let start = offset.checked_sub(storage.slab_offset() as u64);
+        let within = start.filter(|start| start.checked_add(len).is_some_and(|end| end <= storage.len() as u64));
+        let slab = storage.slab_id().unwrap_or_default();
+        let outside = ProtocolError::OutsideSlab { slab, offset, len, slab_bytes: storage.len() as u64 };
+        Ok((storage.clone(), within.ok_or(outside)?))
     }
 
     /// A lease that was returned: its storage, to be dropped without locks.
@@ -121,6 +135,26 @@ mod tests {
         assert_eq!((lender.leases(), runtime.stats().live_bytes), (0, 0));
         let again = lender.take_back(loan.place.lease).expect_err("it was returned");
         assert_eq!(again, ProtocolError::Lease { lease: loan.place.lease });
+    }
+
+    #[test]
+    fn what_is_sent_back_is_found_by_its_lease_and_nothing_else_is() {
+        let (mut lender, runtime) = (lender(), runtime());
+        let [first, second] = [5000, 6000].map(|len| storage(&runtime, len));
+        let [loan, _] = [&first, &second].map(|lent| lender.lend(lent, &Limits::default()).expect("in a slab"));
+        let back = |offset, len| lender.sent_back(Lent { lease: loan.place.lease, offset }, len);
+        let start = loan.place.offset;
+        let (found, at) = back(start + 8, 4992).expect("it is out");
+        assert!(found.is_same(&first) && at == 8);
+        for (offset, len) in
+            [(start + 8, 4993), (start, 5001), (start.wrapping_sub(1), 8), (u64::MAX, 8), (start, u64::MAX)]
+        {
+            assert!(matches!(back(offset, len), Err(ProtocolError::OutsideSlab { .. })), "{offset}, {len}");
+        }
+        let unknown = lender.sent_back(Lent { lease: 99, offset: start }, 8).expect_err("never lent");
+        assert_eq!(unknown, ProtocolError::Lease { lease: 99 });
+        drop(lender.take_back(loan.place.lease));
+        assert!(lender.sent_back(Lent { lease: loan.place.lease, offset: start }, 8).is_err(), "it was returned");
     }
 
     #[test]
