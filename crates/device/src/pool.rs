@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::fork::is_forked_child;
@@ -112,7 +112,7 @@ impl HostPool {
         counters.allocations.fetch_add(1, Ordering::Relaxed);
         counters.recycled.fetch_add(u64::from(warm), Ordering::Relaxed);
         counters.live_bytes.fetch_add(range.len(), Ordering::Relaxed);
-        Ok(HostBlock { range: Some(range), class, pool: self.clone() })
+        Ok(HostBlock { range: Some(range), class, pool: self.clone(), given_up: AtomicBool::new(false) })
     }
 
     /// Unmaps every slab of which nothing is in use; returns how many bytes that was.
@@ -304,6 +304,7 @@ pub struct HostBlock {
     range: Option<SlabRange>,
     class: usize,
     pool: HostPool,
+    given_up: AtomicBool,
 }
 
 impl HostBlock {
@@ -323,7 +324,13 @@ impl HostBlock {
 impl HostBlock {
     /// Gives the block up for ever: something out of reach may still read it. Its slab is taken out of use.
     pub(crate) fn abandon(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
         self.pool.0.retire(self.range().slab());
+    }
+
+    /// Whether it was: whoever gave it up has let go of it since.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
     }
 
     /// Whether it, or another block of its slab, was given up.

@@ -6,6 +6,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -243,9 +244,35 @@ impl Storage {
         StorageMut::new(Memory::Empty, len, device).freeze_at(Event::failed(DeviceError::Torn { device }))
     }
 
+    /// The same bytes, kept by a storage of its own: who is alone with that one may write a private view of them
+    /// ([`Storage::try_unique`]), and nobody else sees it. For what has come back from who had borrowed it; a clone, if the bytes are
+    /// in no slab.
+    #[must_use]
+    #[expect(unsafe_code, reason = "names its own memory again")]
+    pub fn again(&self) -> Self {
+        if let Some(first) = self.first() {
+            return first.again();
+        }
+        let (Memory::Pooled(block), true) = (&self.0.memory, self.0.device.is_host()) else { return self.clone() };
+        let start = NonNull::from(block.range().bytes()).cast();
+        // SAFETY: `Again` holds this storage until its release, and the bytes of a storage that is held are initialised, stay where they
+        // are, and are not written.
+        let memory = Memory::Foreign(unsafe { ForeignBytes::new(start, self.0.len, Arc::new(Again(self.clone()))) });
+        StorageMut::new(memory, self.0.len, self.0.device).freeze_at(self.0.written.clone())
+    }
+
+    /// The storage whose bytes these are again.
+    fn first(&self) -> Option<&Self> {
+        self.owner()?.downcast_ref::<Again>().map(|again| &again.0)
+    }
+
     /// Whether its memory can be written by who is alone with it, without a copy of what is there.
     pub(crate) fn can_be_reused(&self) -> bool {
-        let lent = matches!(self.0.memory, Memory::Foreign(_));
+        let lent = match &self.0.memory {
+            Memory::Foreign(_) => true,
+            Memory::Pooled(block) => block.is_given_up(),
+            _ => false,
+        };
         !lent && !matches!(self.0.written.known(), Some(Err(_)))
     }
 
@@ -274,7 +301,8 @@ impl Storage {
     pub fn slab(&self) -> Option<&Arc<Slab>> {
         match &self.0.memory {
             Memory::Pooled(block) => Some(block.range().slab()),
-            Memory::Empty | Memory::Foreign(_) | Memory::View(_) | Memory::Cuda(_) | Memory::Pinned(_) => None,
+            Memory::Foreign(_) => self.first()?.slab(),
+            Memory::Empty | Memory::View(_) | Memory::Cuda(_) | Memory::Pinned(_) => None,
         }
     }
 
@@ -299,7 +327,8 @@ impl Storage {
     pub fn slab_offset(&self) -> usize {
         match &self.0.memory {
             Memory::Pooled(block) => block.range().offset(),
-            Memory::Empty | Memory::Foreign(_) | Memory::View(_) | Memory::Cuda(_) | Memory::Pinned(_) => 0,
+            Memory::Foreign(_) => self.first().map_or(0, Self::slab_offset),
+            Memory::Empty | Memory::View(_) | Memory::Cuda(_) | Memory::Pinned(_) => 0,
         }
     }
 
@@ -322,8 +351,9 @@ impl Storage {
     ///
     /// For a peer on this host that was lost, but may live: what it holds stays as it is.
     pub fn abandon(&self) {
-        if let Memory::Pooled(block) = &self.0.memory {
-            block.abandon();
+        match &self.0.memory {
+            Memory::Pooled(block) => block.abandon(),
+            _ => self.first().into_iter().for_each(Self::abandon),
         }
     }
 
@@ -402,7 +432,7 @@ impl Storage {
     /// Of a peer's slab it is a private view, whose pages are copied as they are written: the peer's stay as they are.
     ///
     /// # Errors
-    /// The storage itself, if it is shared, or if its memory is foreign and not a file's.
+    /// The storage itself, if it is shared, if its memory is foreign and not a file's, or if it was given up ([`Storage::abandon`]).
     pub fn try_unique(self) -> Result<StorageMut, Self> {
         let mut bytes = Arc::try_unwrap(self.0).map_err(Self)?;
         match std::mem::replace(&mut bytes.memory, Memory::Empty) {
@@ -413,6 +443,11 @@ impl Storage {
                     return Err(Self(Arc::new(bytes)));
                 }
             },
+            // Somebody out of reach may still read it.
+            Memory::Pooled(block) if block.is_given_up() => {
+                bytes.memory = Memory::Pooled(block);
+                return Err(Self(Arc::new(bytes)));
+            }
             own => bytes.memory = own,
         }
         Ok(StorageMut(bytes))
@@ -558,6 +593,17 @@ impl Bytes {
     }
 }
 
+/// Holds the storage whose bytes another one names again.
+struct Again(Storage);
+
+impl Release for Again {
+    fn release(&self) {}
+
+    fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        Some((self.0.slab()?.fd().ok()?, self.0.slab_offset() as u64))
+    }
+}
+
 /// FORK: a child has the names of its parent's memory, not the memory.
 fn expect_parent() -> Result<(), DeviceError> {
     if is_forked_child() { Err(DeviceError::ForkedProcess) } else { Ok(()) }
@@ -642,6 +688,38 @@ mod tests {
         assert!(storage.is_ready().unwrap());
         assert_eq!(storage.as_bytes().unwrap(), [7; 100]);
         assert!(storage.slab_id().is_some());
+    }
+
+    #[test]
+    fn who_is_alone_with_the_same_bytes_again_writes_a_view_of_them() {
+        let first = runtime().alloc_host(5000).unwrap().freeze_ready();
+        let before = first.as_bytes().unwrap().to_vec();
+        let again = first.again().again();
+        assert!(again.as_ptr() == first.as_ptr() && !again.is_same(&first));
+        assert_eq!((again.slab_id(), again.slab_offset()), (first.slab_id(), first.slab_offset()));
+        let shared = again.clone().try_unique().expect_err("it is shared");
+        drop(shared);
+        let mut view = again.try_unique().expect("a private view");
+        let byte = !before[0];
+        view.as_bytes_mut().unwrap().fill(byte);
+        assert_eq!(first.as_bytes().unwrap(), before);
+        let view = view.freeze_ready();
+        assert!(view.as_bytes().unwrap().iter().all(|found| *found == byte) && view.slab().is_none());
+        let first = first.try_unique().expect_err("the view may read what was not written");
+        drop(view);
+        drop(first.try_unique().expect("alone again"));
+    }
+
+    /// L1: what was given up is written by nobody, not even by its sole holder.
+    #[test]
+    fn what_was_given_up_is_never_written_again() {
+        let runtime = runtime();
+        let [given_up, beside] = [100, 100].map(|len| runtime.alloc_host(len).unwrap().freeze_ready());
+        assert_eq!(given_up.slab_id(), beside.slab_id());
+        given_up.again().abandon();
+        assert!(!given_up.can_be_reused() && beside.can_be_reused());
+        given_up.try_unique().expect_err("somebody may read it");
+        drop(beside.try_unique().expect("nobody has it"));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
-use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime, Storage};
+use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime};
 use farcall_transport::{DigestList, Endpoint, Staged, digests, stage};
 
 /// See the module. Fit to be sent once `pending` has passed.
@@ -70,8 +70,8 @@ impl Parcel {
     pub(crate) fn new(endpoint: &Endpoint, encoded: Encoded) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
         let runtime = &endpoint.driver().config().runtime;
-        let is_targets = |storage: &Storage| endpoint.is_peers(storage);
-        let Staged { tensors, devices, pending } = stage(runtime, tensors, endpoint.lends(), is_targets)?;
+        let Staged { tensors, devices, pending } =
+            stage(runtime, tensors, endpoint.lends(), |tensor| endpoint.is_peers(tensor))?;
         Ok(Self { contents: Contents::own(Encoded { metadata, tensors }), devices, pending })
     }
 }

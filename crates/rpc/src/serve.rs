@@ -9,8 +9,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
+use farcall_device::Encoded;
 use farcall_device::codec::recycle;
-use farcall_device::{Encoded, Storage};
 use farcall_transport::frame::Kind;
 use farcall_transport::{
     Endpoint, Job, Outbound, ProtocolError, Staged, TransferError, Turn, Unanswered, digests, stage,
@@ -218,8 +218,8 @@ impl ReplyTo {
             }
         };
         let endpoint = &self.endpoint;
-        let is_callers = |storage: &Storage| endpoint.is_peers(storage);
-        match stage(&endpoint.driver().config().runtime, tensors, endpoint.lends(), is_callers) {
+        let runtime = &endpoint.driver().config().runtime;
+        match stage(runtime, tensors, endpoint.lends(), |tensor| endpoint.is_peers(tensor)) {
             Ok(staged) if staged.pending.is_empty() => self.send_value(&metadata, &staged, turn),
             Ok(mut staged) => {
                 let pending = std::mem::take(&mut staged.pending);

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use farcall_device::{Slab, Storage, is_forked_child};
+use farcall_device::{Slab, Storage, Tensor, is_forked_child};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
@@ -59,6 +59,8 @@ use crate::{
 
 /// Bytes one `recv` on a control connection asks for; on the stack of whoever drives.
 const RECV_BYTES: usize = 32 << 10;
+/// Of what was lent, the part that goes back as it is, for which all of it stays; smaller ones are copied.
+const FAIR_SHARE: usize = 8;
 /// With so much unread, small frames at worst, a socket may be full: no more can come.
 const FULL_BYTES: u64 = 8 << 10;
 /// So many bytes need not wait for others.
@@ -708,9 +710,12 @@ impl Endpoint {
         lock(&self.lender).leases()
     }
 
-    /// Whether these bytes are the peer's own, lent by this connection: they go back without a copy.
-    pub fn is_peers(&self, storage: &Storage) -> bool {
-        shm::lent_by(&self.returns, storage).is_some()
+    /// Whether these bytes are the peer's own, lent by this connection, and a fair share of what was lent, as that is kept for them:
+    /// they go back without a copy.
+    pub fn is_peers(&self, tensor: &Tensor) -> bool {
+        let storage = tensor.storage();
+        let fair = tensor.layout().byte_span().len() >= storage.len() / FAIR_SHARE;
+        fair && shm::lent_by(&self.returns, storage).is_some()
     }
 
     /// Whether tensors can be passed to the peer in slabs now.

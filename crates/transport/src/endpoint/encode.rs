@@ -61,7 +61,7 @@ pub fn stage(
     runtime: &Runtime,
     mut tensors: Vec<Tensor>,
     slabs: bool,
-    is_targets: impl Fn(&Storage) -> bool,
+    is_targets: impl Fn(&Tensor) -> bool,
 ) -> Result<Staged, DeviceError> {
     let mut devices = Vec::new();
     if tensors.iter().any(|tensor| tensor.device() != Device::HOST) {
@@ -71,7 +71,7 @@ pub fn stage(
         let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
         if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
-        } else if slabs && tensor.layout().byte_span().len() as u64 >= LENT_BYTES_MIN && !is_targets(tensor.storage()) {
+        } else if slabs && tensor.layout().byte_span().len() as u64 >= LENT_BYTES_MIN && !is_targets(tensor) {
             // SNAPSHOT: its owner may write it again once the call was made.
             *tensor = runtime.in_slab(tensor)?;
         }
