@@ -9,7 +9,7 @@ use farcall::prelude::*;
 use farcall::{DeviceError, DeviceMap, Reply, Runtime, StoreServer, TensorMut};
 
 use crate::functions::{device_of, double_on_device, echo, order};
-use crate::harness::{Group, block_on, bounded, step, unique};
+use crate::harness::{Group, block_on, bounded, bounded_by, step, unique};
 
 /// Inline, three runs of threads, eight of chaos: a seed that fails is in the message.
 fn modes() -> Vec<CpuMode> {
@@ -100,7 +100,8 @@ fn call_on_devices(group: &Group) -> Result<Vec<f32>, String> {
 /// Whichever wait of a call is forgotten, at the caller or at the callee: the checker sees it, under every schedule.
 #[test]
 fn each_forgotten_wait_of_a_call_is_reported_under_every_seed() {
-    bounded(|| {
+    // Some hundred groups, one after the other: 11 to 28 s on two processors, alone.
+    bounded_by(Duration::from_secs(300), || {
         let in_chaos = |seed| {
             Group::with(2, move |options| {
                 let cpu = CpuMode::Chaos { seed };
