@@ -9,7 +9,7 @@ use farcall::prelude::*;
 use farcall::{DeviceError, DeviceMap, Reply, Runtime, StoreServer, TensorMut};
 
 use crate::functions::{device_of, double_on_device, echo, order};
-use crate::harness::{Group, block_on, bounded, bounded_by, step, unique};
+use crate::harness::{Group, block_on, bounded, step, unique};
 
 /// Inline, three runs of threads, eight of chaos: a seed that fails is in the message.
 fn modes() -> Vec<CpuMode> {
@@ -97,46 +97,62 @@ fn call_on_devices(group: &Group) -> Result<Vec<f32>, String> {
     Ok(sum)
 }
 
-/// Whichever wait of a call is forgotten, at the caller or at the callee: the checker sees it, under every schedule.
+/// Whichever wait of a call is forgotten, at the caller or at the callee: the checker sees it, under every schedule. Each of some
+/// hundred groups has its own bound.
 #[test]
 fn each_forgotten_wait_of_a_call_is_reported_under_every_seed() {
-    // Some hundred groups, one after the other: 11 to 28 s on two processors, alone.
-    bounded_by(Duration::from_secs(300), || {
-        let in_chaos = |seed| {
-            Group::with(2, move |options| {
-                let cpu = CpuMode::Chaos { seed };
-                let config = Config { emulated_devices: 1, cpu, check: Check::Report, ..Config::default() };
-                options.device_runtime = Some(Runtime::new(config).expect("an emulated runtime"));
-            })
-        };
-        let mut waits = [0; 2];
-        for (worker, waits) in waits.iter_mut().enumerate() {
-            let group = in_chaos(0);
-            let (values, count) = mutants::count_edges(group.agents[worker].runtime(), || call_on_devices(&group));
-            assert_eq!(values.as_deref(), Ok(&DOUBLED[..]));
-            *waits = count;
-            group.shutdown();
-        }
-        assert!(waits.iter().all(|waits| *waits > 0), "both ends wait: {waits:?}");
-        let (mut wrong, mut not_ready) = (0, 0);
-        for (worker, waits) in waits.into_iter().enumerate() {
-            for (n, seed) in (0..waits).flat_map(|n| (0..64).map(move |seed| (n, seed))) {
+    let waits = [0, 1].map(|worker| within_bound(move || waits_of(worker)));
+    assert!(waits.iter().all(|waits| *waits > 0), "both ends wait: {waits:?}");
+    let (mut wrong, mut not_ready) = (0, 0);
+    for (worker, waits) in waits.into_iter().enumerate() {
+        for (n, seed) in (0..waits).flat_map(|n| (0..64).map(move |seed| (n, seed))) {
+            let (is_wrong, refused) = within_bound(move || {
                 step(format_args!("w{worker} forgets wait {n} of {waits}, seed {seed}"));
-                let group = in_chaos(seed);
-                let runtime = group.agents[worker].runtime();
-                let values = mutants::without_edge(runtime, n, || call_on_devices(&group));
-                wrong += usize::from(values.as_ref().is_ok_and(|values| *values != DOUBLED));
-                // A wait of a stream is the checker's to report; a wait of the host is an error of whoever reads.
-                let refused = values.is_err_and(|error| error.contains("not ready"));
-                not_ready += usize::from(refused);
-                assert!(refused || !runtime.races().is_empty(), "w{worker}, wait {n} of {waits}, seed {seed}");
-                group.shutdown();
-            }
+                forget(worker, n, seed)
+            });
+            wrong += usize::from(is_wrong);
+            not_ready += usize::from(refused);
         }
-        println!(
-            "{waits:?} waits forgotten under 64 seeds each: all seen, {not_ready} by an error; {wrong} gave wrong values"
-        );
-    });
+    }
+    println!(
+        "{waits:?} waits forgotten under 64 seeds each: all seen, {not_ready} by an error; {wrong} gave wrong values"
+    );
+}
+
+fn within_bound<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, outcome) = std::sync::mpsc::channel();
+    bounded(move || sender.send(body()).expect("the test waits"));
+    outcome.recv().expect("an outcome")
+}
+
+fn in_chaos(seed: u64) -> Group {
+    Group::with(2, move |options| {
+        let cpu = CpuMode::Chaos { seed };
+        let config = Config { emulated_devices: 1, cpu, check: Check::Report, ..Config::default() };
+        options.device_runtime = Some(Runtime::new(config).expect("an emulated runtime"));
+    })
+}
+
+/// How often a worker waits in a call that is right.
+fn waits_of(worker: usize) -> usize {
+    let group = in_chaos(0);
+    let (values, count) = mutants::count_edges(group.agents[worker].runtime(), || call_on_devices(&group));
+    assert_eq!(values.as_deref(), Ok(&DOUBLED[..]));
+    group.shutdown();
+    count
+}
+
+/// A call without one of them: whether it gave wrong values, and whether an error told of it.
+fn forget(worker: usize, n: usize, seed: u64) -> (bool, bool) {
+    let group = in_chaos(seed);
+    let runtime = group.agents[worker].runtime();
+    let values = mutants::without_edge(runtime, n, || call_on_devices(&group));
+    let is_wrong = values.as_ref().is_ok_and(|values| *values != DOUBLED);
+    // A wait of a stream is the checker's to report; a wait of the host is an error of whoever reads.
+    let refused = values.is_err_and(|error| error.contains("not ready"));
+    assert!(refused || !runtime.races().is_empty(), "w{worker}, wait {n}, seed {seed}");
+    group.shutdown();
+    (is_wrong, refused)
 }
 
 /// FENCE: the call waits for its tensor; a later one goes ahead of it.
