@@ -10,6 +10,7 @@ mod dtypes;
 mod errors;
 mod handlers;
 mod into;
+mod landing;
 mod layouts;
 mod many;
 mod operators;

@@ -11,6 +11,8 @@ use farcall::prelude::*;
 use farcall::{Builtin, Error, FromValue, Registry, Result, TensorMut};
 use serde::{Deserialize, Serialize};
 
+use crate::foreign::Foreign;
+
 /// How long a handler waits for a test at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -345,6 +347,18 @@ pub(crate) fn own_fill_and_echo(x: Tensor, value: u8) -> Result<Tensor> {
     filled(x, value)
 }
 
+/// As `pattern`, in memory that is not this library's.
+#[farcall::function(name = "test::foreign_pattern")]
+pub(crate) fn foreign_pattern(len: usize, seed: u64) -> Result<Tensor> {
+    Ok(Foreign::new(pattern::run(len, seed)?.to_vec::<u8>()?).tensor())
+}
+
+/// Each one's hash.
+#[farcall::function(name = "test::hash_all")]
+pub(crate) fn hash_all(xs: Vec<Tensor>) -> Result<Vec<(usize, u64)>> {
+    xs.into_iter().map(hash::run).collect()
+}
+
 /// Sends back the rows from there on, turned.
 #[farcall::function(name = "test::rows_from")]
 pub(crate) fn rows_from(x: Tensor, start: usize) -> Result<Tensor> {
@@ -370,6 +384,8 @@ pub(crate) fn trade(cx: &Call, worker: String, seed: u64) -> Result<u64> {
         let len = [5000, 100_000, 1 << 20, 3 << 20][(round % 4) as usize];
         let x = pattern::run(len, round)?;
         let expected = hash::run(x.clone())?;
+        // Its own memory, and in turn what others made: that lands.
+        let x = if round % 8 < 4 { x } else { Foreign::new(x.to_vec::<u8>()?).tensor() };
         let Ok(hashed) = other.call(hash, (x,)).wait() else { break };
         let Ok(made) = other.call(pattern, (len, round)).wait() else { break };
         calls += 2;

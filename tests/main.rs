@@ -5,6 +5,7 @@
 //! of `worker.rs`.
 
 mod conformance;
+mod foreign;
 mod functions;
 mod harness;
 mod hostile;

@@ -3,6 +3,7 @@
 //! `farcall-test-worker MODE`: `serve` until the others leave, `leave` calls everybody once and shuts down, `stay` never
 //! shuts down. `TEST_JOIN_MS` and `TEST_SHUTDOWN_MS` change those timeouts. It ends when its standard input does.
 
+mod foreign;
 mod functions;
 
 use std::io::Write as _;

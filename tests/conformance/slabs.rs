@@ -1,14 +1,13 @@
 //! Tensors between workers of one host: passed in slabs, not copied, and given back.
 
-use std::ptr::NonNull;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use farcall::device::{DeviceError, Release};
+use farcall::device::DeviceError;
 use farcall::prelude::*;
 use farcall::transport::{NoSlabs, Passing};
-use farcall::{Layout, Storage, TensorMut, Transport};
+use farcall::{TensorMut, Transport};
 
+use crate::foreign::Foreign;
 use crate::functions::{
     echo, forget, gate, hash, hash_after, keep, kept_hash, own_and_fill, own_and_fill_kept, own_fill_and_echo, pattern,
     rows_from,
@@ -204,24 +203,6 @@ fn what_is_kept_outlives_the_callers_agent_and_the_reuse_of_its_memory() {
     });
 }
 
-/// Memory that this library did not make, and that its owner writes when it likes.
-struct Foreign(Mutex<Vec<u8>>);
-
-impl Release for Foreign {
-    fn release(&self) {}
-}
-
-impl Foreign {
-    #[expect(unsafe_code, reason = "wraps memory as a binding of another library would")]
-    fn tensor(self: &Arc<Self>) -> Tensor {
-        let bytes = self.0.lock().expect("no panic");
-        let (start, len) = (NonNull::from(&bytes[0]), bytes.len());
-        // SAFETY: the owner holds the memory, and writes it only once the call that it was made for has returned.
-        let storage = unsafe { Storage::external(start, len, Device::HOST, self.clone()) };
-        Tensor::from_storage(storage, Layout::contiguous(DType::U8, &[len]).expect("a size")).expect("fits")
-    }
-}
-
 /// SNAPSHOT: by value, whatever the caller does once `call` has returned: here the callee has not begun.
 #[test]
 fn foreign_memory_is_copied_before_the_call_returns() {
@@ -234,9 +215,9 @@ fn foreign_memory_is_copied_before_the_call_returns() {
             let key = unique("foreign");
             let expected = pattern::run(len, 8).and_then(hash::run).expect("bytes");
             let bytes = pattern::run(len, 8).expect("memory").to_vec::<u8>().expect("u8");
-            let foreign = Arc::new(Foreign(Mutex::new(bytes)));
+            let foreign = Foreign::new(bytes);
             let reply = w1.call(hash_after, (&key, foreign.tensor()));
-            foreign.0.lock().expect("no panic").fill(0xee);
+            foreign.fill(0xee);
             gate(&key).open();
             assert_eq!(reply.wait().expect("a hash"), expected, "{len}");
         }

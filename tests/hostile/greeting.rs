@@ -95,7 +95,7 @@ fn a_hello_that_offers_newer_versions_and_features_too_is_welcome() {
 fn an_unknown_kind_is_refused() {
     refused(|target| {
         let hello = hello(target.group_name(), &control(None));
-        [0, 16, 19, 255].map(|kind| (hello.patched(AT_KIND, &[kind]), format!("unknown frame kind {kind}"))).into()
+        [0, 17, 19, 255].map(|kind| (hello.patched(AT_KIND, &[kind]), format!("unknown frame kind {kind}"))).into()
     });
 }
 

@@ -30,6 +30,7 @@ pub(crate) const SLAB: u8 = 12;
 pub(crate) const RETIRE: u8 = 13;
 pub(crate) const RELEASE: u8 = 14;
 pub(crate) const RINGS: u8 = 15;
+pub(crate) const LANDED: u8 = 16;
 pub(crate) const CHALLENGE: u8 = 20;
 pub(crate) const PROOF: u8 = 21;
 
@@ -132,6 +133,11 @@ impl Descriptor {
     /// A vector of bytes on the host that lies in a slab.
     pub(crate) fn lent(slab: u64, offset: u64, len: u64, lease: u64) -> Self {
         Self { mode: 2, transfer: lease, offset, slab, ..Self::inline(U8, &[len as i64], len) }
+    }
+
+    /// The same, whose bytes are still to land.
+    pub(crate) fn landing(slab: u64, offset: u64, len: u64, lease: u64) -> Self {
+        Self { mode: 4, ..Self::lent(slab, offset, len, lease) }
     }
 
     /// A vector of bytes that the target has lent.

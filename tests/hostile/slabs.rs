@@ -9,8 +9,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 
 use super::auth::by_unix;
 use super::raw::{
-    Descriptor, Frame, PING, RELEASE, REPLY, REQUEST, RETIRE, RawPeer, SLAB, Target, WELCOME, announcement,
-    assert_says, control, echo_request, hello, varint,
+    Arrived, CANCEL, Descriptor, ERROR, Frame, LANDED, PING, RELEASE, REPLY, REQUEST, RETIRE, RawPeer, SLAB, Target,
+    WELCOME, announcement, assert_says, control, echo_request, hello, varint,
 };
 use crate::harness::{bounded, step};
 
@@ -114,6 +114,111 @@ fn refused(send: impl FnOnce(&mut RawPeer) + Send + 'static, why: &'static str) 
         target.serves_others();
         target.shutdown();
     });
+}
+
+fn landed(lease: u64, bytes: u64) -> Vec<u8> {
+    Frame { call: lease, offset: bytes, ..Frame::new(LANDED) }.bytes()
+}
+
+fn echo_of_landing(call: u64, lease: u64) -> Vec<u8> {
+    echo_request(call, &Descriptor::landing(7, 0, 1000, lease), &[]).bytes()
+}
+
+/// R1: what lands delays nobody; cancelled meanwhile, it is not worked on; and who dies meanwhile hurts nobody.
+#[test]
+fn a_tensor_that_lands_by_hand_is_echoed_once_it_has() {
+    bounded(|| {
+        let target = target();
+        let mut peer = near(&target);
+        let slab = slab();
+        peer.send_with(&pass(7, LEN), &[file(&slab)]);
+        peer.send(&echo_of_landing(1, 5));
+        peer.send(&echo_of_landing(2, 6));
+        for (call, bytes) in [(11, 1), (12, 400), (13, 999)] {
+            peer.adds(call);
+            peer.send(&landed(5, bytes));
+        }
+        peer.send(&Frame { call: 2, ..Frame::new(CANCEL) }.bytes());
+        peer.send(&landed(6, 1000));
+        peer.send(&landed(5, 1000));
+        let (mut replies, mut cancelled) = (Vec::new(), false);
+        while replies.is_empty() || !cancelled {
+            let frame = peer.receive().expect("a frame");
+            match frame.kind {
+                RELEASE => assert_eq!(frame.metadata, 6_u64.to_le_bytes(), "of the cancelled one"),
+                REPLY => replies.push(frame),
+                ERROR => {
+                    assert_eq!(frame.call, 2);
+                    cancelled = true;
+                }
+                other => panic!("a frame of kind {other}"),
+            }
+        }
+        assert_eq!((replies[0].call, &replies[0].payload[..]), (1, &slab.bytes()[..1000]));
+        peer.send(&echo_of_landing(3, 8));
+        drop(peer);
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+/// The other way: a foreign tensor is announced, then told as it lands, here by the socket.
+#[test]
+fn a_foreign_result_lands_at_a_peer_by_hand() {
+    bounded(|| {
+        let target = target();
+        let mut peer = near(&target);
+        peer.send(&announcement(2, "test::foreign_pattern", "(usize, u64) -> Tensor").bytes());
+        for (call, len) in [(1, 256_u64 << 10), (2, 3 << 20)] {
+            let metadata = [varint(len.into()), varint(1)].concat();
+            peer.send(&Frame { call, function: 2, metadata, ..Frame::new(REQUEST) }.bytes());
+            let mut frames = Vec::new();
+            while frames.last().is_none_or(|frame: &Arrived| frame.kind != LANDED || frame.offset < len) {
+                frames.push(peer.receive().expect("a frame"));
+            }
+            let reply = frames.iter().position(|frame| frame.kind == REPLY).expect("before its bytes land");
+            assert_eq!((frames[reply].table[2], frames[reply].payload.len()), (4, 0), "landing");
+            let lease = u64::from_le_bytes(frames[reply].table[8..16].try_into().expect("eight bytes"));
+            assert!(frames[reply + 1..].iter().all(|frame| frame.kind == LANDED && frame.call == lease));
+            peer.send(&release(&[lease]));
+        }
+        peer.adds(9);
+        target.serves_others();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn what_lands_otherwise_than_it_must_is_refused() {
+    let cases: [(&[(u64, u64)], &str); 6] = [
+        (&[(6, 10)], "lease 6 has landed 10 bytes, after 0 of 0"),
+        (&[(5, 1001)], "lease 5 has landed 1001 bytes, after 0 of 1000"),
+        (&[(5, u64::MAX)], "after 0 of 1000"),
+        (&[(5, 0)], "lease 5 has landed 0 bytes, after 0 of 1000"),
+        (&[(5, 400), (5, 400)], "lease 5 has landed 400 bytes, after 400 of 1000"),
+        (&[(5, 1000), (5, 1000)], "lease 5 has landed 1000 bytes, after 0 of 0"),
+    ];
+    for (told, why) in cases {
+        refused(
+            move |peer| {
+                peer.send_with(&pass(7, LEN), &[file(&slab())]);
+                peer.send(&echo_of_landing(1, 5));
+                for (lease, bytes) in told {
+                    // Refused before the last, maybe.
+                    peer.try_send(&landed(*lease, *bytes));
+                }
+            },
+            why,
+        );
+    }
+    let twice = |peer: &mut RawPeer| {
+        peer.send_with(&pass(7, LEN), &[file(&slab())]);
+        peer.send(&echo_of_landing(1, 5));
+        peer.send(&echo_of_landing(2, 5));
+    };
+    refused(twice, "transfer 5 was announced twice");
+    let more = Frame { call: 5, offset: 10, metadata: vec![1], ..Frame::new(LANDED) };
+    refused(move |peer| peer.send(&more.bytes()), "reserved");
 }
 
 #[test]
@@ -269,6 +374,8 @@ fn slabs_are_refused_where_they_were_not_agreed_on() {
         target.refuses(&pass(7, LEN), "Slab frame where no slab on this connection is expected");
         target.refuses(&retire(7), "Retire frame where no slab on this connection is expected");
         target.refuses(&echo(1, 7, 0, 1000), "unknown payload mode 2");
+        target.refuses(&echo_of_landing(1, 5), "unknown payload mode 4");
+        target.refuses(&landed(5, 10), "lease 5 has landed 10 bytes");
         target.shutdown();
     });
 }

@@ -88,7 +88,7 @@ pub use fork::{Kept, is_forked_child};
 pub use future::{DeviceFuture, Fences, OnStreams, Ordered, Promise, Ready, SharedFuture, Storages, join_all};
 pub use half::{bf16, f16};
 pub use layout::{Layout, LayoutError, MAX_RANK};
-pub use memory::{ALIGN_BYTES, DescriptorPermit, Release, Slab, SlabRange, copy};
+pub use memory::{ALIGN_BYTES, DescriptorPermit, Release, Slab, SlabCopy, SlabRange, copy};
 pub use param::{Landing, Param, ParamMut};
 pub use pool::{HostBlock, HostPool, PoolStats};
 pub use runtime::{Config, Cuda, Runtime};

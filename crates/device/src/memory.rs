@@ -11,6 +11,7 @@
 
 mod budget;
 mod copy;
+mod slab_copy;
 mod view;
 
 use std::any::Any;
@@ -27,6 +28,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 pub use budget::DescriptorPermit;
 pub use copy::copy;
+pub use slab_copy::SlabCopy;
 pub(crate) use view::View;
 
 use crate::fork::{self, Kept, is_forked_child};

@@ -7,7 +7,7 @@ use crate::checker::{self, Race};
 use crate::cpu::Engine;
 use crate::cuda::{self, Context, Driver, Kind, Pool, Unavailable};
 use crate::pool::{HostPool, PoolStats};
-use crate::{Check, CpuMode, Device, DeviceError, Layout, StorageMut, Stream, Tensor, copy, units};
+use crate::{Check, CpuMode, Device, DeviceError, Layout, SlabCopy, StorageMut, Stream, Tensor, copy, units};
 
 /// What a [`Runtime`] is made with. The default reads no environment; [`Config::from_env`] does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -286,6 +286,21 @@ impl Runtime {
         copy(target.as_bytes_mut()?, source);
         let layout = Layout::strided(layout.dtype(), layout.shape(), layout.strides(), 0)?;
         Tensor::from_storage(target.freeze_ready(), layout)
+    }
+
+    /// Memory in a slab for a copy of `tensor`, which is to be made by [`SlabCopy::run`]: until then whoever wants its bytes waits.
+    /// `None` if there is nothing to copy now: it lies in a slab, is not dense or broadcast on the host, or not written yet.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`], or the failure of the work that writes the bytes.
+    pub fn begin_slab_copy(&self, tensor: &Tensor) -> Result<Option<SlabCopy>, DeviceError> {
+        let (storage, layout) = (tensor.storage(), tensor.layout());
+        let is_shared = storage.slab().is_some_and(|slab| slab.fd().is_ok());
+        let is_plain = storage.device() == Device::HOST && layout.is_dense_or_broadcast() && layout.numel() > 0;
+        if is_shared || !is_plain || !storage.is_ready()? {
+            return Ok(None);
+        }
+        SlabCopy::begin(self, tensor).map(Some)
     }
 
     /// Host memory that CUDA devices copy from and to without the host's help; without such a device, as [`Runtime::alloc_host`].

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use farcall_device::codec::{recycle, spare_buffer};
-use farcall_device::{Device, Encoded};
+use farcall_device::{Device, DeviceError, Encoded};
 use farcall_transport::frame::Kind;
 use farcall_transport::planted::{self, Bug};
 use farcall_transport::{
@@ -114,12 +114,20 @@ struct Request {
     contents: Contents,
     /// Of its tensors, there.
     devices: Vec<Device>,
+    /// Some of them are foreign: copied once it is sent, or before it waits.
+    lands: bool,
 }
 
 impl Request {
     /// Whether the peer can compare digests is known with its greeting.
     fn must_wait(&self, endpoint: &Endpoint) -> bool {
         self.slot.wants_digests() && endpoint.remote().is_none()
+    }
+
+    /// Copies what was to be copied once it is sent: it waits, and the caller goes on.
+    fn snapshot(&mut self, endpoint: &Endpoint) -> Result<(), DeviceError> {
+        self.lands = false;
+        self.contents.snapshot(endpoint)
     }
 
     /// What it takes of the window.
@@ -181,7 +189,7 @@ impl Link {
         if encoded.tensors.is_empty() && !slot.wants_digests() {
             return self.request_small(endpoint, slot, function, encoded.metadata);
         }
-        match Parcel::new(endpoint, encoded) {
+        match Parcel::new(endpoint, encoded, !slot.wants_digests()) {
             Ok(parcel) => self.post(endpoint, slot, function, parcel),
             Err(error) => {
                 slot.complete(Err(error.into()));
@@ -198,7 +206,7 @@ impl Link {
         function: &'static Interned,
         parcel: Parcel,
     ) -> Option<u64> {
-        let Parcel { contents, mut devices, pending } = parcel;
+        let Parcel { contents, mut devices, lands, pending } = parcel;
         for device in &mut devices {
             let Some(there) = self.devices.there(*device) else {
                 let (call, map) = (slot.id.clone(), self.devices.clone());
@@ -211,7 +219,7 @@ impl Link {
         let inserted = insert(&mut calls, slot);
         drop(calls);
         let call = inserted.filter(|call| self.keep_time(endpoint, slot, *call))?;
-        let request = Request { slot: Arc::clone(slot), call, function, contents, devices };
+        let request = Request { slot: Arc::clone(slot), call, function, contents, devices, lands };
         if pending.is_empty() {
             self.send_request(endpoint, request);
             return Some(call);
@@ -249,7 +257,8 @@ impl Link {
         if admission != Some(Admission::Sent) {
             let contents = Contents::own(Encoded { metadata, tensors: Vec::new() });
             let slot = Arc::clone(slot);
-            self.send_request(endpoint, Request { slot, call, function, contents, devices: Vec::new() });
+            let request = Request { slot, call, function, contents, devices: Vec::new(), lands: false };
+            self.send_request(endpoint, request);
             return Some(call);
         }
         let deadline_us = u64::try_from(slot.after.as_micros()).unwrap_or(u64::MAX).max(1);
@@ -275,7 +284,7 @@ impl Link {
     }
 
     /// Sends the request if there is room in the window, behind those that wait for some already; else it waits, too.
-    fn send_request(&self, endpoint: &Arc<Endpoint>, request: Request) {
+    fn send_request(&self, endpoint: &Arc<Endpoint>, mut request: Request) {
         let (slot, call) = (Arc::clone(&request.slot), request.call);
         let mut calls = lock(&self.calls);
         let first = calls.queue.is_empty() && !calls.draining && !request.must_wait(endpoint);
@@ -286,6 +295,16 @@ impl Link {
             }
             // Cancelled, or its deadline passed, meanwhile.
             Some(Admission::Over) => drop(calls),
+            Some(Admission::Full) | None if request.lands => {
+                drop(calls);
+                return match request.snapshot(endpoint) {
+                    Ok(()) => self.send_request(endpoint, request),
+                    Err(error) => {
+                        lock(&self.calls).table.remove(call);
+                        slot.complete(Err(error.into()));
+                    }
+                };
+            }
             Some(Admission::Full) | None => {
                 calls.queue.push_back(request);
                 drop(calls);
@@ -295,7 +314,7 @@ impl Link {
     }
 
     fn transmit(&self, endpoint: &Arc<Endpoint>, request: &Request) {
-        let Request { slot, call, function, contents, devices } = request;
+        let Request { slot, call, function, contents, devices, lands } = request;
         let left = slot.deadline.saturating_duration_since(endpoint.driver().now());
         let digests = if slot.wants_digests() { contents.digests().map(Some) } else { Ok(None) };
         let digests = match digests {
@@ -315,6 +334,7 @@ impl Link {
             tensors: &contents.encoded.tensors,
             devices,
             digests,
+            lands: *lands,
         };
         self.send(endpoint, slot, function, &outbound, false);
     }

@@ -14,6 +14,8 @@ pub(crate) struct Parcel {
     pub(crate) contents: Contents,
     /// The device that each tensor is from; empty if all are from the host.
     pub(crate) devices: Vec<Device>,
+    /// As of [`Staged`].
+    pub(crate) lands: bool,
     pub(crate) pending: Fences,
 }
 
@@ -49,6 +51,16 @@ impl Contents {
     pub(crate) fn own(encoded: Encoded) -> Self {
         Self::Own(Packed::new(encoded))
     }
+
+    /// Copies foreign tensors into slabs; what several calls send has none.
+    pub(crate) fn snapshot(&mut self, endpoint: &Endpoint) -> Result<(), DeviceError> {
+        if let Self::Own(packed) = self {
+            for tensor in packed.encoded.tensors.iter_mut().filter(|tensor| !endpoint.is_peers(tensor)) {
+                *tensor = endpoint.driver().config().runtime.in_slab(tensor)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Deref for Contents {
@@ -63,16 +75,16 @@ impl Deref for Contents {
 }
 
 impl Parcel {
-    /// For one call.
+    /// For one call; `lands` if it may be sent at once, before its foreign tensors are copied.
     ///
     /// # Errors
     /// Those of [`stage`].
-    pub(crate) fn new(endpoint: &Endpoint, encoded: Encoded) -> Result<Self, DeviceError> {
+    pub(crate) fn new(endpoint: &Endpoint, encoded: Encoded, lands: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
         let runtime = &endpoint.driver().config().runtime;
-        let Staged { tensors, devices, pending } =
-            stage(runtime, tensors, endpoint.lends(), |tensor| endpoint.is_peers(tensor))?;
-        Ok(Self { contents: Contents::own(Encoded { metadata, tensors }), devices, pending })
+        let Staged { tensors, devices, lands, pending } =
+            stage(runtime, tensors, endpoint.lends(), lands, |tensor| endpoint.is_peers(tensor))?;
+        Ok(Self { contents: Contents::own(Encoded { metadata, tensors }), devices, lands, pending })
     }
 }
 
@@ -89,13 +101,18 @@ impl SharedParcel {
     /// Those of [`stage`].
     pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
-        let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs, |_| false)?;
+        let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs, false, |_| false)?;
         Ok(Self { contents: Arc::new(Packed::new(Encoded { metadata, tensors })), devices })
     }
 
     /// One call's.
     pub(crate) fn parcel(&self) -> Parcel {
         let pending = Fences::of(&self.contents.encoded.tensors);
-        Parcel { contents: Contents::Shared(Arc::clone(&self.contents)), devices: self.devices.clone(), pending }
+        Parcel {
+            contents: Contents::Shared(Arc::clone(&self.contents)),
+            devices: self.devices.clone(),
+            lands: false,
+            pending,
+        }
     }
 }

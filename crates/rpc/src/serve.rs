@@ -219,7 +219,7 @@ impl ReplyTo {
         };
         let endpoint = &self.endpoint;
         let runtime = &endpoint.driver().config().runtime;
-        match stage(runtime, tensors, endpoint.lends(), |tensor| endpoint.is_peers(tensor)) {
+        match stage(runtime, tensors, endpoint.lends(), !self.digests, |tensor| endpoint.is_peers(tensor)) {
             Ok(staged) if staged.pending.is_empty() => self.send_value(&metadata, &staged, turn),
             Ok(mut staged) => {
                 let pending = std::mem::take(&mut staged.pending);
@@ -242,6 +242,7 @@ impl ReplyTo {
             tensors: &staged.tensors,
             devices: &staged.devices,
             digests: digests.as_deref(),
+            lands: staged.lands,
             ..Outbound::new(Kind::Reply, metadata)
         };
         match self.send_frame(&outbound, turn) {

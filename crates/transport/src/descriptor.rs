@@ -4,12 +4,12 @@
 //! Invariant W1: 48 bytes plus `rank` × i64 shape, plus `rank` × i64 strides when flagged; golden vectors below.
 //!
 //! ```text
-//!  0 dtype u8   1 rank u8   2 mode u8 (0 inline, 1 bulk, 2 slab, 3 back)   3 flags u8 (bit 0: strides follow; bit 1: digests follow)
+//!  0 dtype u8   1 rank u8   2 mode u8 (0 inline, 1 bulk, 2 slab, 3 back, 4 landing)   3 flags u8 (bit 0: strides follow; bit 1: digests follow)
 //!  4 device kind u8   5 zero u8   6 device index u16
-//!  8 transfer u64   bulk: the id its chunks carry; slab: the lease, which its release names; back: the lease of the target
-//! 16 offset   u64   slab, back: where in the slab the bytes start; else 0
+//!  8 transfer u64   bulk: the id its chunks carry; slab, landing: the lease, which its release names; back: the lease of the target
+//! 16 offset   u64   slab, landing, back: where in the slab the bytes start; else 0
 //! 24 len      u64   bytes that travel
-//! 32 slab     u64   slab: its id, never 0 and never used for another; else 0
+//! 32 slab     u64   slab, landing: its id, never 0 and never used for another; else 0
 //! 40 digest   u64   with digests: XXH3-64 of their list; else 0
 //! ```
 //! Digests, if both sides have them, come last: XXH3-64 of each 64 KiB of the bytes that travel, a u64 each; see `digest`.
@@ -56,6 +56,8 @@ pub(crate) enum Mode {
     Bulk(u64),
     /// Not at all: they lie in a slab that the target has mapped.
     Slab(Place),
+    /// The same once they are there, which `Landed` frames tell.
+    Landing(Place),
     /// Not at all: the target itself has lent them.
     Back(Lent),
 }
@@ -100,6 +102,7 @@ impl Descriptor {
             Mode::Bulk(transfer) => (1, transfer, 0, 0),
             Mode::Slab(Place { slab, offset, lease }) => (2, lease, offset, slab),
             Mode::Back(Lent { lease, offset }) => (3, lease, offset, 0),
+            Mode::Landing(Place { slab, offset, lease }) => (4, lease, offset, slab),
         };
         let fixed = Fixed {
             dtype: self.layout.dtype().code(),
@@ -148,7 +151,7 @@ impl Descriptor {
             || fixed.zero != 0
             || (fixed.flags & HAS_DIGESTS == 0 && fixed.digest != 0)
             || (fixed.mode < 2 && fixed.offset != 0)
-            || (fixed.mode != 2 && fixed.slab != 0)
+            || (!matches!(fixed.mode, 2 | 4) && fixed.slab != 0)
         {
             return Err(ProtocolError::ReservedDescriptorBits);
         }
@@ -157,10 +160,11 @@ impl Descriptor {
         let mode = match (fixed.mode, fixed.transfer) {
             (0, 0) => Mode::Inline,
             // Nothing to wait for would be waited for.
-            (mode @ 1..=3, _) if fixed.len == 0 => return Err(ProtocolError::Mode { found: mode }),
+            (mode @ 1..=4, _) if fixed.len == 0 => return Err(ProtocolError::Mode { found: mode }),
             (1, transfer) => Mode::Bulk(transfer),
             (2, lease) => Mode::Slab(Place { slab: fixed.slab, offset: fixed.offset, lease }),
             (3, lease) => Mode::Back(Lent { lease, offset: fixed.offset }),
+            (4, lease) => Mode::Landing(Place { slab: fixed.slab, offset: fixed.offset, lease }),
             (mode, _) => return Err(ProtocolError::Mode { found: mode }),
         };
         let mut dims = [0_usize; MAX_RANK];
@@ -258,6 +262,11 @@ mod tests {
         expected.extend([2, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(wire(&lent), expected);
         assert_eq!(read(&expected), Ok(lent));
+
+        let landing = Descriptor { mode: Mode::Landing(Place { slab: 5, offset: 0x1_0040, lease: 6 }), ..matrix() };
+        expected[2] = 4;
+        assert_eq!(wire(&landing), expected);
+        assert_eq!(read(&expected), Ok(landing));
 
         let back = Descriptor { mode: Mode::Back(Lent { lease: 6, offset: 0x1_0040 }), ..matrix() };
         (expected[2], expected[32]) = (3, 0);

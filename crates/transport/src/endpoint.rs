@@ -19,6 +19,7 @@
 
 mod bulk;
 mod encode;
+mod landing;
 mod rings;
 
 use std::cell::Cell;
@@ -105,6 +106,8 @@ struct Tx {
     announced: Vec<bool>,
     /// The ring, and from where on, counted like `taken`, frames go by it.
     ring: Option<(u64, RingWriter)>,
+    /// What is written now need not wake its reader: more is to come soon that does.
+    whispers: bool,
     /// The driver waits until the socket takes more.
     wants_out: bool,
     /// Slabs to pass, and where, counted like `taken`, the frames start that their descriptors go with.
@@ -246,6 +249,7 @@ impl Endpoint {
                 next_transfer: 1,
                 announced: Vec::new(),
                 ring: None,
+                whispers: false,
                 wants_out: false,
                 passing: VecDeque::new(),
             }),
@@ -373,7 +377,18 @@ impl Endpoint {
             let unknown = || WorkerId { name: "the peer".into(), rank: 0 };
             return Err(TransferError::NoDigests { worker: self.peer_id().cloned().unwrap_or_else(unknown) });
         }
+        let mut landings = self.begin_landings(outbound)?;
         let mut tx = lock(&self.tx);
+        let (copied, of_copies);
+        let mut outbound = outbound;
+        if self.may_refuse(outbound, &landings) {
+            // Without the lock: it is a pass over the bytes.
+            drop(tx);
+            copied = landing::copied(outbound.tensors, std::mem::take(&mut landings))?;
+            of_copies = Outbound { tensors: &copied, ..*outbound };
+            outbound = &of_copies;
+            tx = lock(&self.tx);
+        }
         if let Some(cause) = self.cause.get() {
             return Err(TransferError::Closed { cause: Arc::clone(cause) });
         }
@@ -391,6 +406,7 @@ impl Endpoint {
             }
         }
         let config = self.driver.config();
+        let is_first = tx.sent == tx.wire.len() && tx.ring.as_ref().is_some_and(|(_, ring)| !ring.owes_wake());
         self.return_leases(&mut tx.wire);
         let Tx { wire, sent, taken, next_transfer, announced, passing, .. } = &mut *tx;
         if let Some(name) = announce {
@@ -400,19 +416,25 @@ impl Endpoint {
             }
             if !announced[id] {
                 let announcement = Outbound { function: outbound.function, ..Outbound::new(Kind::Function, name) };
-                encode_frame(&announcement, 0, next_transfer, wire, |_| None)?;
+                encode_frame(&announcement, 0, next_transfer, wire, |_, _| None)?;
                 announced[id] = true;
             }
         }
         let before = wire.len();
         let mut passed = Vec::new();
-        let lend = |storage: &Storage| {
+        let lend = |index: usize, storage: &Storage| {
+            let landing = landings.get_mut(index).and_then(Option::as_mut);
+            let storage = landing.as_ref().map_or(storage, |landing| landing.copy.copy().storage());
             if let Some(lent) = shm::lent_by(&self.returns, storage) {
                 return Some(Mode::Back(lent));
             }
             let has_slabs = self.has_slabs.load(Ordering::Acquire);
             let loan = lock(has_slabs.then_some(&self.lender)?).lend(storage, &config.limits)?;
             passed.extend(loan.pass);
+            if let Some(landing) = landing {
+                landing.place = Some(loan.place);
+                return Some(Mode::Landing(loan.place));
+            }
             Some(Mode::Slab(loan.place))
         };
         let bulk = match encode_frame(outbound, config.limits.inline_bytes_max, next_transfer, wire, lend) {
@@ -434,10 +456,14 @@ impl Endpoint {
             tx.answers.push_back(end);
             self.untaken.store(tx.answers.len(), Ordering::Release);
         }
+        let leave = if landings.is_empty() { leave } else { Leave::Now };
         let queued = if bulk.is_empty() { Ok(()) } else { self.queue_bulk(&mut tx, bulk) };
         let is_gathered = leave == Leave::Gathered && self.gather(&tx);
         let leaves = leave != Leave::WithTurn && !is_gathered && self.status() == Status::Open;
+        // Nothing that was sent before waits for that.
+        tx.whispers = is_first && self.wakes_later(&landings);
         let sent = queued.and_then(|()| if leaves { self.write_control(&mut tx) } else { Ok(()) });
+        tx.whispers = false;
         drop(tx);
         if let Err(cause) = sent {
             // The caller's waiters hear of it through `on_closed`, as with any later failure.
@@ -446,6 +472,7 @@ impl Endpoint {
         if leave != Leave::WithTurn {
             self.flush_bulk();
         }
+        self.land(landings);
         Ok(())
     }
 
@@ -545,6 +572,7 @@ impl Endpoint {
         }
         if let Some((_, ring)) = &mut tx.ring
             && ring.owes_wake()
+            && !tx.whispers
         {
             self.wake_reader(ring);
         }
@@ -581,7 +609,7 @@ impl Endpoint {
         lock(&self.tx).answers.len()
     }
 
-    /// The call's request is on its way in: its frame has come, its bulk payload has not.
+    /// The call's request is on its way in: its frame has come, its bulk payload has not, or has not landed.
     pub fn is_receiving(&self, call: u64) -> bool {
         lock(&self.transfers).has_request(call)
     }
@@ -807,6 +835,12 @@ impl Endpoint {
                     }
                 }
                 Received::Waiting(partial) => self.park(partial)?,
+                Received::Landed { lease, bytes } => {
+                    let frame = lock(&self.transfers).land(lease, bytes)?;
+                    if let Some(frame) = frame {
+                        self.deliver(frame, turn)?;
+                    }
+                }
             }
         }
         Ok(())
@@ -933,7 +967,7 @@ impl Endpoint {
         self.control.want(&self.driver, EventFlags::IN, false);
         let (mut failed, mut began) = (None, None);
         // What a bulk connection completes, the driver's leader reads: no reason to sleep here then.
-        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() && rx.ring.is_none() {
+        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_bulk_empty() && rx.ring.is_none() {
             let now = Instant::now();
             let left = deadline.saturating_duration_since(now);
             if left.is_zero() {

@@ -90,6 +90,9 @@ pub enum ProtocolError {
     /// A lease returned, or its tensor sent back, that was not out.
     #[error("lease {lease} came back, and is not out")]
     Lease { lease: u64 },
+    /// A tensor that lands in its slab backwards, beyond its end, or that nobody waits for.
+    #[error("lease {lease} has landed {bytes} bytes, after {landed} of {len}")]
+    Landed { lease: u64, bytes: u64, landed: u64, len: u64 },
     /// The hello could not be read.
     #[error("malformed {what}: {message}")]
     Malformed { what: &'static str, message: String },

@@ -8,10 +8,10 @@
 //!  0 magic       u32  "FCL1"          32 payload_len u64  inline payload bytes behind the metadata
 //!  4 version     u8                   40 deadline_us u64  relative; 0 = none
 //!  5 kind        u8                   48 offset      u64  Chunk: where its bytes go in the transfer;
-//!                                                          Slab: its bytes
+//!                                                          Slab: its bytes; Landed: how many
 //!  6 flags       u16  see below       56 credit      u32  reserved, must be 0
 //!  8 call        u64  call/transfer/  60 reserved    u32  must be 0
-//!                    slab
+//!                    slab/lease
 //! 16 function    u32  interned id
 //! 20 meta_len    u32
 //! 24 table_len   u32  descriptors
@@ -79,6 +79,8 @@ pub enum Kind {
     /// The sender's last frame by the socket: what follows is in the ring. The dialer's brings the descriptor of both; see
     /// `shm::ring`.
     Rings = 15,
+    /// Of the tensor under the lease `call`, the first `offset` bytes are in their slab.
+    Landed = 16,
     /// The acceptor's answer to a [`Kind::Hello`] when there is a job key; see `auth`.
     Challenge = 20,
     /// The dialer's answer to a [`Kind::Challenge`].
@@ -92,7 +94,7 @@ impl Kind {
         const KINDS: [Option<Kind>; 22] = {
             let all = [
                 Hello, Welcome, Function, Request, Reply, Error, Cancel, Close, OpenBulk, Chunk, Ping, Slab, Retire,
-                Release, Rings, Challenge, Proof,
+                Release, Rings, Landed, Challenge, Proof,
             ];
             let mut kinds = [None; 22];
             let mut index = 0;
@@ -204,6 +206,13 @@ impl Header {
         }
         let tensors = u64::from(self.tensors);
         limit("descriptor bytes", u64::from(self.table_len), tensors * crate::descriptor::MAX_BYTES)
+    }
+
+    /// What the header of a frame that is nothing else must keep to.
+    pub(crate) fn expect_alone(&self, kind: Kind) -> Result<(), ProtocolError> {
+        let Self { flags, function, tensors, payload_len, deadline_us, .. } = *self;
+        let rest = self.body_len() as u64 | payload_len | deadline_us | u64::from(function);
+        if rest == 0 && flags | tensors == 0 { Ok(()) } else { Err(ProtocolError::ReservedBits { kind }) }
     }
 
     /// Bytes between the header and the inline payload.

@@ -112,6 +112,8 @@ enum Place {
     Inline(StorageMut),
     Bulk(u64, StorageMut),
     Waiting,
+    /// In a slab, under this lease, once it has landed.
+    Landing(u64, Storage),
     Complete(Storage),
 }
 
@@ -149,8 +151,13 @@ impl Partial {
 /// What the bytes fed so far amount to.
 pub(crate) enum Received {
     Frame(Frame),
-    /// Its descriptors are known, its bulk payload is not here yet.
+    /// Its descriptors are known, its bulk payload is not here yet, or has not landed.
     Waiting(Partial),
+    /// So many bytes of the tensor under that lease are in their slab.
+    Landed {
+        lease: u64,
+        bytes: u64,
+    },
 }
 
 enum State {
@@ -235,7 +242,8 @@ impl Receiver {
         let mut arriving = Vec::with_capacity(header.tensors as usize);
         for _ in 0..header.tensors {
             let Descriptor { layout, mode, .. } = Descriptor::read(&mut table, &self.limits)?;
-            arriving.push(Arriving { layout, travels: !matches!(mode, Mode::Slab(_) | Mode::Back(_)) });
+            arriving
+                .push(Arriving { layout, travels: !matches!(mode, Mode::Slab(_) | Mode::Landing(_) | Mode::Back(_)) });
         }
         Ok(placer.place(&arriving))
     }
@@ -315,6 +323,10 @@ impl Receiver {
                     }
                     if kind == Kind::Chunk {
                         return Err(ProtocolError::Unexpected { kind, expected: "a control frame" }.into());
+                    }
+                    if kind == Kind::Landed {
+                        header.expect_alone(kind)?;
+                        return Ok(Some(Received::Landed { lease: header.call, bytes: header.offset }));
                     }
                     if let Some((body, rest)) = input.split_at_checked(header.body_len()) {
                         *input = rest;
@@ -406,6 +418,11 @@ impl Receiver {
                 Mode::Slab(place) => {
                     let borrower = self.borrower.as_ref().ok_or(ProtocolError::Mode { found: 2 })?;
                     Place::Complete(borrower.borrow(place, len_bytes)?)
+                }
+                Mode::Landing(place) => {
+                    missing += 1;
+                    let borrower = self.borrower.as_ref().ok_or(ProtocolError::Mode { found: 4 })?;
+                    Place::Landing(place.lease, borrower.borrow(place, len_bytes)?)
                 }
                 Mode::Back(lent) => {
                     let borrower = self.borrower.as_ref().ok_or(ProtocolError::Mode { found: 3 })?;
@@ -507,18 +524,27 @@ impl Chunk {
     }
 }
 
-/// Frames that wait for bulk payload, and the payload's places.
+/// A tensor in a slab that is being written there.
+struct Landing {
+    partial: u64,
+    slot: usize,
+    storage: Storage,
+    landed: u64,
+}
+
+/// Frames that wait for bulk payload, and the payload's places; and those whose tensors have not landed.
 #[derive(Default)]
 pub(crate) struct Transfers {
     partials: HashMap<u64, Partial>,
     transfers: HashMap<u64, Transfer>,
+    landings: HashMap<u64, Landing>,
     next_partial: u64,
 }
 
 impl Transfers {
-    /// No frame waits for bulk payload.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.partials.is_empty()
+    /// No frame waits for bulk payload. What lands is told by the control connection.
+    pub(crate) fn is_bulk_empty(&self) -> bool {
+        self.transfers.is_empty()
     }
 
     /// Frames that wait.
@@ -526,12 +552,12 @@ impl Transfers {
         self.partials.len()
     }
 
-    /// Whether the request of that call waits for bulk payload.
+    /// Whether the request of that call waits here.
     pub(crate) fn has_request(&self, call: u64) -> bool {
         self.partials.values().any(|partial| partial.frame.kind == Kind::Request && partial.frame.call == call)
     }
 
-    /// Keeps `partial` until its chunks are in.
+    /// Keeps `partial` until its chunks are in, and its tensors have landed.
     pub(crate) fn park(&mut self, mut partial: Partial) -> Result<(), ProtocolError> {
         let id = self.next_partial;
         self.next_partial += 1;
@@ -541,6 +567,12 @@ impl Transfers {
                     let entry = Transfer { partial: id, slot: index, storage: Some(storage), filled: 0 };
                     if self.transfers.insert(transfer, entry).is_some() {
                         return Err(ProtocolError::DuplicateTransfer { transfer });
+                    }
+                }
+                Place::Landing(lease, storage) => {
+                    let entry = Landing { partial: id, slot: index, storage, landed: 0 };
+                    if self.landings.insert(lease, entry).is_some() {
+                        return Err(ProtocolError::DuplicateTransfer { transfer: lease });
                     }
                 }
                 other => slot.place = other,
@@ -586,8 +618,31 @@ impl Transfers {
         }
         let (id, slot) = (transfer.partial, transfer.slot);
         self.transfers.remove(&chunk.transfer);
+        self.complete(id, slot, chunk.storage.freeze_ready())
+    }
+
+    /// So many bytes of the tensor under that lease are there; gives the frame whose last they are.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Landed`] if none is awaited under it, or not so many, or no more than before.
+    pub(crate) fn land(&mut self, lease: u64, bytes: u64) -> Result<Option<Frame>, CloseCause> {
+        let landing = self.landings.get_mut(&lease);
+        let (landed, len) = landing.as_ref().map_or((0, 0), |landing| (landing.landed, landing.storage.len() as u64));
+        let Some(landing) = landing.filter(|_| landed < bytes && bytes <= len) else {
+            return Err(ProtocolError::Landed { lease, bytes, landed, len }.into());
+        };
+        landing.landed = bytes;
+        if bytes < len {
+            return Ok(None);
+        }
+        let Some(Landing { partial, slot, storage, .. }) = self.landings.remove(&lease) else { return Ok(None) };
+        self.complete(partial, slot, storage)
+    }
+
+    /// The storage of a slot is complete; gives its frame, if that is.
+    fn complete(&mut self, id: u64, slot: usize, storage: Storage) -> Result<Option<Frame>, CloseCause> {
         let Some(partial) = self.partials.get_mut(&id) else { return Ok(None) };
-        partial.slots[slot].place = Place::Complete(chunk.storage.freeze_ready());
+        partial.slots[slot].place = Place::Complete(storage);
         partial.missing -= 1;
         if partial.missing > 0 {
             return Ok(None);
@@ -613,8 +668,9 @@ mod tests {
             tensors,
             devices: &[],
             digests: None,
+            lands: false,
         };
-        let bulk = encode_frame(&outbound, inline_max, &mut next_transfer, &mut wire, |_| None).expect("encodes");
+        let bulk = encode_frame(&outbound, inline_max, &mut next_transfer, &mut wire, |_, _| None).expect("encodes");
         (wire, bulk)
     }
 

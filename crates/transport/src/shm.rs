@@ -9,6 +9,8 @@
 //! lender                                        borrower
 //!   Slab  (id, bytes, + the descriptor)   →       checks seals and size, maps
 //!   Request or Reply (slab, offset, lease) →      borrows: `Storage::external`
+//!   Landed (lease, bytes), if it is copied →      has the whole frame with the last byte
+//!     once the frame is sent
 //!   finds its own storage                 ←       Request or Reply (lease, offset): sends it back
 //!   keeps the storage                     ←       Release (leases)
 //!   Retire (id), once it is unmapped      →       unmaps after the last use
@@ -54,6 +56,10 @@ use crate::{CloseCause, NoSlabs, ProtocolError};
 /// Tensors of so many bytes pass in slabs, where slabs pass. Shorter ones travel in their frame: a lease and its return cost about as much as this many bytes twice through a socket
 /// (`benches`, `calls`).
 pub const LENT_BYTES_MIN: u64 = 4 << 10;
+
+/// Foreign tensors from so many bytes on are copied while the peer wakes, and it is told as they land (`endpoint::landing`).
+/// Shorter ones are copied before their frame: telling of them would cost more than the peer gains.
+pub(crate) const LANDED_BYTES_MIN: u64 = 256 << 10;
 
 /// Why this process passes no slabs to anyone, tried for real; `None` if it does, and they are `wanted`.
 pub fn no_slabs(wanted: bool) -> Option<NoSlabs> {

@@ -89,7 +89,7 @@ impl Endpoint {
             bulk.link = BulkLink::Requested(now);
             self.driver.schedule(now + self.driver.config().connect_timeout);
             let request = Outbound::new(Kind::OpenBulk, &[]);
-            if let Err(error) = encode_frame(&request, 0, &mut tx.next_transfer, &mut tx.wire, |_| None) {
+            if let Err(error) = encode_frame(&request, 0, &mut tx.next_transfer, &mut tx.wire, |_, _| None) {
                 unreachable!("a frame without tensors encodes: {error}");
             }
         } else if self.status() == Status::Open {

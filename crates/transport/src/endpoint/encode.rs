@@ -3,6 +3,7 @@
 use farcall_device::{Device, DeviceError, Fences, Runtime, Storage, Tensor};
 use std::io::IoSlice;
 
+use super::landing::{self, is_foreign};
 use super::lost;
 use crate::descriptor::{Descriptor, Lent, Mode, Place};
 use crate::digest::DigestList;
@@ -31,12 +32,24 @@ pub struct Outbound<'a> {
     pub devices: &'a [Device],
     /// Digests of each tensor; of a request, digests of the answer are asked for, too.
     pub digests: Option<&'a [DigestList]>,
+    /// Some of the tensors are foreign: where they are lent they are copied once the frame is sent, and before this call ends.
+    pub lands: bool,
 }
 
 impl<'a> Outbound<'a> {
     /// A frame without call, function, deadline or tensors.
     pub fn new(kind: Kind, metadata: &'a [u8]) -> Self {
-        Self { kind, call: 0, function: 0, deadline_us: 0, metadata, tensors: &[], devices: &[], digests: None }
+        Self {
+            kind,
+            call: 0,
+            function: 0,
+            deadline_us: 0,
+            metadata,
+            tensors: &[],
+            devices: &[],
+            digests: None,
+            lands: false,
+        }
     }
 }
 
@@ -47,13 +60,15 @@ pub struct Staged {
     pub tensors: Vec<Tensor>,
     /// Where each came from; empty if all were on the host.
     pub devices: Vec<Device>,
+    /// As of [`Outbound`]: some are foreign still.
+    pub lands: bool,
     /// The fences to wait for before they are sent (FENCE).
     pub pending: Fences,
 }
 
 /// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
 /// streams behind their writes. Nothing is waited for. With `slabs`, memory that is in none is copied into one, here and now, unless
-/// it `is_targets`.
+/// it `is_targets`, or large and all may be sent at once (`lands`).
 ///
 /// # Errors
 /// [`DeviceError`] of a device or of memory.
@@ -61,6 +76,7 @@ pub fn stage(
     runtime: &Runtime,
     mut tensors: Vec<Tensor>,
     slabs: bool,
+    lands: bool,
     is_targets: impl Fn(&Tensor) -> bool,
 ) -> Result<Staged, DeviceError> {
     let mut devices = Vec::new();
@@ -71,23 +87,36 @@ pub fn stage(
         let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
         if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
-        } else if slabs && tensor.layout().byte_span().len() as u64 >= LENT_BYTES_MIN && !is_targets(tensor) {
-            // SNAPSHOT: its owner may write it again once the call was made.
-            *tensor = runtime.in_slab(tensor)?;
         }
     }
-    let pending = Fences::of(&tensors);
-    Ok(Staged { tensors, devices, pending })
+    let mut pending = Fences::of(&tensors);
+    let may_land = lands && slabs && pending.is_empty();
+    let mut lands = false;
+    if slabs {
+        for tensor in tensors.iter_mut().filter(|tensor| is_foreign(tensor) && !is_targets(tensor)) {
+            if may_land && landing::may_land(tensor) {
+                lands = true;
+            } else {
+                // SNAPSHOT: its owner may write it again once the call was made.
+                *tensor = runtime.in_slab(tensor)?;
+            }
+        }
+        if !pending.is_empty() {
+            pending = Fences::of(&tensors);
+        }
+    }
+    Ok(Staged { tensors, devices, lands, pending })
 }
 
 /// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids. `lend` gives
-/// the place of a storage's first byte in a slab that the peer has, or will have before this frame, or says that the peer has lent it.
+/// the place of a storage's first byte in a slab that the peer has, or will have before this frame, says that the peer has lent it, or
+/// where the tensor will land.
 pub(crate) fn encode_frame(
     outbound: &Outbound<'_>,
     inline_bytes_max: u64,
     next_transfer: &mut u64,
     wire: &mut Vec<u8>,
-    mut lend: impl FnMut(&Storage) -> Option<Mode>,
+    mut lend: impl FnMut(usize, &Storage) -> Option<Mode>,
 ) -> Result<Vec<(u64, Tensor)>, DeviceError> {
     // Unreadable tensors fail their own call, here; later they would end the connection, and leases be out for nothing.
     for tensor in outbound.tensors {
@@ -112,11 +141,12 @@ pub(crate) fn encode_frame(
         let mut descriptor = Descriptor::of(tensor, device, Mode::Inline);
         descriptor.digests = outbound.digests.and_then(|digests| digests.get(index).cloned());
         let start = tensor.layout().byte_span().start as u64;
-        let mut lent = if descriptor.len_bytes < LENT_BYTES_MIN { None } else { lend(tensor.storage()) };
+        let mut lent = if descriptor.len_bytes < LENT_BYTES_MIN { None } else { lend(index, tensor.storage()) };
         if let Some(Mode::Slab(Place { offset, .. }) | Mode::Back(Lent { offset, .. })) = &mut lent {
             *offset += start;
         }
         // In its lender's storage it must begin at an element.
+        // What lands has only its own bytes, from the first on.
         let lent = lent.filter(|mode| match mode {
             Mode::Back(lent) => lent.offset.is_multiple_of(tensor.dtype().size_bytes() as u64),
             _ => true,
@@ -161,7 +191,7 @@ pub(crate) fn encoded<T: serde::Serialize>(value: &T) -> Vec<u8> {
 /// A frame of the greeting, or of the end: nothing but metadata.
 pub(crate) fn greeting(kind: Kind, metadata: &[u8]) -> Vec<u8> {
     let mut wire = Vec::new();
-    match encode_frame(&Outbound::new(kind, metadata), 0, &mut 0, &mut wire, |_| None) {
+    match encode_frame(&Outbound::new(kind, metadata), 0, &mut 0, &mut wire, |_, _| None) {
         Ok(_) => wire,
         Err(error) => unreachable!("a frame without tensors encodes: {error}"),
     }

@@ -160,7 +160,7 @@ impl Endpoint {
     /// Writes what waits to the ring, descriptors to the socket: all of it if there is room. `false`: there is none for a
     /// descriptor, of which the socket will tell.
     pub(super) fn write_ring(&self, tx: &mut Tx) -> Result<bool, CloseCause> {
-        let Tx { wire, sent, taken, passing, ring, .. } = tx;
+        let Tx { wire, sent, taken, passing, ring, whispers, .. } = tx;
         let Some((_, ring)) = ring else { unreachable!("the caller has looked") };
         let mut wakes = false;
         let mut bell_fits = true;
@@ -194,7 +194,7 @@ impl Endpoint {
         }
         // What was staged before may have taken all the room.
         if wakes || ring.owes_wake() {
-            self.wake_reader(ring);
+            if *whispers && *sent == wire.len() { ring.show() } else { self.wake_reader(ring) }
         }
         Ok(bell_fits)
     }
@@ -456,7 +456,7 @@ impl Endpoint {
         let (Some(rings), Some(rx)) = (self.rings.get(), &mut driven.rx) else { return Ok(()) };
         rings.disarm();
         let mut began = None;
-        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_empty() {
+        while !done() && self.cause.get().is_none() && lock(&self.transfers).is_bulk_empty() {
             if self.read_ring(rx, turn)? {
                 self.driver.finish_turn(turn);
                 began.take().inspect(|began| self.spin.waited(*began));

@@ -82,6 +82,10 @@ pub fn golden() -> Vec<Golden> {
             "slab",
             wire(&[of(dense(DType::F32, &[9]), Device::HOST, Mode::Slab(Place { slab: 1, offset: 64, lease: 2 }))]),
         ),
+        (
+            "landing",
+            wire(&[of(dense(DType::U8, &[9]), Device::HOST, Mode::Landing(Place { slab: 3, offset: 64, lease: 2 }))]),
+        ),
         ("back", wire(&[of(dense(DType::F32, &[9]), Device::HOST, Mode::Back(Lent { lease: 2, offset: 64 }))])),
         ("rank-16", wire(&[host(dense(DType::U8, &[1, 2, 1, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1, 3]))])),
         (

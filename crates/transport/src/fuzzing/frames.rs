@@ -124,6 +124,7 @@ fn receive_into(
         match received {
             Some(Received::Frame(frame)) => frames.push(frame),
             Some(Received::Waiting(partial)) => transfers.park(partial)?,
+            Some(Received::Landed { lease, bytes }) => frames.extend(transfers.land(lease, bytes)?),
             None => {}
         }
     }
@@ -187,9 +188,10 @@ fn wire(frame: &Frame, range: Range<usize>) -> Vec<u8> {
         tensors: &frame.tensors,
         devices: &frame.devices,
         digests: None,
+        lands: false,
     };
     let mut wire = Vec::new();
-    let bulk = encode_frame(&outbound, limits().inline_bytes_max, &mut 1, &mut wire, |_| None);
+    let bulk = encode_frame(&outbound, limits().inline_bytes_max, &mut 1, &mut wire, |_, _| None);
     let bulk = bulk.unwrap_or_else(|error| panic!("{frame:?} cannot be sent on: {error}"));
     let mut chunks = Vec::new();
     for (transfer, tensor) in &bulk {

@@ -25,7 +25,7 @@ fn is_allowed(bytes: &[u8; HEADER_BYTES]) -> bool {
     let digests = if tensors > 0 { limits.tensor_bytes_max.div_ceil(64 << 10) + tensors } else { 0 };
     let payload_max = if bytes[5] == Kind::Chunk as u8 { limits.chunk_bytes_max } else { limits.inline_bytes_max };
     bytes.starts_with(b"FCL1\x01")
-        && matches!(bytes[5], 1..=15 | 20 | 21)
+        && matches!(bytes[5], 1..=16 | 20 | 21)
         // A request may ask for digests.
         && at(6, 2) <= u64::from(bytes[5] == 4)
         && at(56, 8) == 0
@@ -60,6 +60,7 @@ pub fn golden() -> Vec<Golden> {
         ("retire", Retire),
         ("release", Release),
         ("rings", Rings),
+        ("landed", Landed),
         ("challenge", Challenge),
         ("proof", Proof),
     ];
@@ -77,9 +78,9 @@ pub fn golden() -> Vec<Golden> {
     let mut golden: Vec<Golden> =
         plain.map(|(name, kind)| (name, Header::new(kind).as_bytes().to_vec())).into_iter().collect();
     golden.push(("full", full.as_bytes().to_vec()));
-    golden.push(("refused-kind-16", {
+    golden.push(("refused-kind-17", {
         let mut bytes = full.as_bytes().to_vec();
-        bytes[5] = 16;
+        bytes[5] = 17;
         bytes
     }));
     golden

@@ -52,13 +52,26 @@ impl Lender {
         Some(Loan { place, pass })
     }
 
+    /// Whether all of these can be lent, or those of them that lie in slabs; may say no although they can.
+    pub(crate) fn may_lend_all<'a>(&self, storages: impl Iterator<Item = &'a Storage>, limits: &Limits) -> bool {
+        let is_new = |slab: &&Arc<Slab>| slab.fd().is_ok() && !self.slabs.contains_key(&slab.id());
+        let (mut slabs, mut bytes) = (self.slabs.len(), self.slab_bytes);
+        for slab in storages.filter_map(Storage::slab).filter(is_new) {
+            slabs += 1;
+            bytes = bytes.saturating_add(slab.len() as u64);
+        }
+        self.lends && slabs <= limits.slabs_max && bytes <= limits.slab_bytes_max
+    }
+
     /// What the peer has borrowed, and now sends back: its storage, and where in it `len` bytes start.
     ///
     /// # Errors
-    /// [`ProtocolError::Lease`] if it is not out; [`ProtocolError::OutsideSlab`] for bytes outside of the storage.
+    /// [`ProtocolError::Lease`] if it is not out, or has not landed there; [`ProtocolError::OutsideSlab`] for bytes outside of the
+    /// storage.
     pub(crate) fn sent_back(&self, lent: Lent, len: u64) -> Result<(Storage, u64), ProtocolError> {
         let Lent { lease, offset } = lent;
-        let storage = self.leases.get(&lease).ok_or(ProtocolError::Lease { lease })?;
+        let storage = self.leases.get(&lease).filter(|storage| matches!(storage.is_ready(), Ok(true)));
+        let storage = storage.ok_or(ProtocolError::Lease { lease })?;
         let start = offset.checked_sub(storage.slab_offset() as u64);
         let within = start.filter(|start| start.checked_add(len).is_some_and(|end| end <= storage.len() as u64));
         let slab = storage.slab_id().unwrap_or_default();
@@ -186,6 +199,38 @@ mod tests {
         runtime.trim();
         assert_eq!(lender.take_retired(), [loan.place.slab]);
         assert_eq!((lender.take_retired(), lender.slab_bytes), (vec![], 0));
+    }
+
+    /// Slabs of one frame count together: what is refused is copied before the frame is made.
+    #[test]
+    fn limits_whether_all_of_a_frame_can_be_lent_is_known_before() {
+        let runtime = runtime();
+        let [first, second] = [40 << 20, 33 << 20].map(|len| storage(&runtime, len));
+        for (slabs_max, slab_bytes_max, expected) in
+            [(2, 1 << 30, true), (1, 1 << 30, false), (2, 60 << 20, false), (0, 1 << 30, false)]
+        {
+            let limits = Limits { slabs_max, slab_bytes_max, ..Limits::default() };
+            let all = [&first, &second];
+            assert_eq!(lender().may_lend_all(all.into_iter(), &limits), expected);
+            assert!(!Lender::default().may_lend_all(all.into_iter(), &limits), "the peer takes none");
+            let mut lender = lender();
+            let lent = all.map(|storage| lender.lend(storage, &limits).is_some());
+            assert_eq!(lent.into_iter().all(|lent| lent), expected);
+            assert!(!expected || lender.may_lend_all(all.into_iter(), &limits), "slabs that it has");
+        }
+    }
+
+    /// Its bytes are being written: nobody is given them by way of the peer.
+    #[test]
+    fn what_has_not_landed_is_not_taken_back() {
+        let (mut lender, runtime) = (lender(), runtime());
+        let (written, event) = farcall_device::Event::token(&runtime);
+        let lent = runtime.alloc_host(5000).expect("memory").freeze_at(event);
+        let place = lender.lend(&lent, &Limits::default()).expect("in a slab").place;
+        let back = Lent { lease: place.lease, offset: place.offset };
+        assert_eq!(lender.sent_back(back, 8).expect_err("it lands"), ProtocolError::Lease { lease: place.lease });
+        written.complete();
+        assert!(lender.sent_back(back, 8).is_ok());
     }
 
     #[test]

@@ -308,6 +308,14 @@ impl RingWriter {
         self.owes_wake
     }
 
+    /// The receiver sees what was written or staged if it looks, and is not woken yet.
+    pub(crate) fn show(&mut self) {
+        self.owes_wake = true;
+        if self.tail > self.published {
+            self.publish();
+        }
+    }
+
     fn publish(&mut self) {
         self.published = self.tail;
         self.rings.lane(true).publish(self.tail);
