@@ -2,8 +2,9 @@
 //!
 //! Runs the given number of calls between two agents; `cargo xtask callgrind` counts two numbers of calls and divides
 //! the difference, so that start and end cancel out. User space only: the kernel's share is in `calls`.
-//! With a second number, calls of integers, that many outstanding: what a call costs that shares its wake-ups with others.
-//! Run: `cargo run --release -p farcall-benches --bin instructions -- 1000 [64]`.
+//! With a second number, calls of integers, that many outstanding: what a call costs that shares its wake-ups with others. With a
+//! third, calls with a tensor of so many bytes.
+//! Run: `cargo run --release -p farcall-benches --bin instructions -- 1000 [64 [8192]]`.
 #![expect(clippy::print_stdout, reason = "a bench prints its figures")]
 
 use std::collections::VecDeque;
@@ -18,6 +19,12 @@ fn first(x: Tensor) -> farcall::Result<f32> {
     Ok(x.as_slice::<f32>()?[0])
 }
 
+/// Gives the bytes.
+#[farcall::function(name = "bench::len", inline)]
+fn len(x: Tensor) -> u64 {
+    x.numel() as u64
+}
+
 /// Adds one.
 #[farcall::function(name = "bench::next", inline)]
 fn next(x: u64) -> u64 {
@@ -27,6 +34,7 @@ fn next(x: u64) -> u64 {
 fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let calls: usize = std::env::args().nth(1).ok_or("how many calls?")?.parse()?;
     let outstanding = std::env::args().nth(2).map_or(Ok(0), |text| text.parse())?;
+    let bytes = std::env::args().nth(3).map_or(Ok(0), |text| text.parse())?;
     let store = StoreServer::bind("127.0.0.1:0")?;
     let address = store.address().to_string();
     let join = move |rank| {
@@ -41,6 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let caller = join(0)?;
     let callee = callee.join().map_err(|_| "the callee panicked")??;
     let x = Tensor::from_slice(&[1.5_f32, 2.0, 3.0, 4.0], &[4])?;
+    let large = Tensor::zeros(DType::U8, &[bytes])?;
     if outstanding == 0 {
         for _ in 0..calls {
             black_box(caller.to("w1").call(first, (&x,)).wait()?);
@@ -48,7 +57,8 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     } else {
         let mut waiting = VecDeque::new();
         for at in 0..calls as u64 {
-            waiting.push_back(caller.to(1).call(next, (at,)));
+            let to = caller.to(1);
+            waiting.push_back(if bytes > 0 { to.call(len, (&large,)) } else { to.call(next, (at,)) });
             if waiting.len() == outstanding
                 && let Some(oldest) = waiting.pop_front()
             {

@@ -15,6 +15,7 @@
 use std::any::Any;
 use std::cell::RefCell;
 use std::fmt;
+use std::thread::LocalKey;
 
 use serde::de::{DeserializeOwned, Error as _};
 use serde::ser::Error as _;
@@ -126,7 +127,7 @@ pub struct Encoded {
 /// # Errors
 /// [`CodecError::TooDeep`] and the other limits; [`CodecError::Custom`] from the type's own `Serialize`.
 pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Encoded, CodecError> {
-    let mut encoded = Encoded { metadata: spare_buffer(), tensors: Vec::new() };
+    let mut encoded = Encoded { metadata: spare_buffer(), tensors: spare_tensors() };
     encode_into(value, &mut encoded.metadata, &mut encoded.tensors)?;
     Ok(encoded)
 }
@@ -134,11 +135,15 @@ pub fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Encoded, CodecError> {
 thread_local! {
     /// Buffers that this thread has done with.
     static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+    static SPARE_TENSORS: RefCell<Vec<Vec<Tensor>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// How many small buffers a thread keeps, and how many bytes they may have: a burst of calls allocates once.
 const SPARE_MAX: usize = 2048;
 const SPARE_BYTES_MAX: usize = 256;
+/// The same of lists of tensors, which are larger and fewer at a time.
+const SPARE_LISTS_MAX: usize = 64;
+const SPARE_TENSORS_MAX: usize = 16;
 
 /// An empty buffer for [`Encoded::metadata`], one of [`recycle`] if there is one.
 #[must_use]
@@ -147,17 +152,43 @@ pub fn spare_buffer() -> Vec<u8> {
     SPARE.try_with(|spare| spare.try_borrow_mut().ok()?.pop()).ok().flatten().unwrap_or_default()
 }
 
+/// An empty list for [`Encoded::tensors`], one of [`recycle_tensors`] if there is one.
+#[must_use]
+pub fn spare_tensors() -> Vec<Tensor> {
+    SPARE_TENSORS.try_with(|spare| spare.try_borrow_mut().ok()?.pop()).ok().flatten().unwrap_or_default()
+}
+
 /// Keeps a small buffer for this thread's next [`encode`].
 pub fn recycle(mut buffer: Vec<u8>) {
-    if buffer.capacity() == 0 || buffer.capacity() > SPARE_BYTES_MAX {
-        return;
+    if buffer.capacity() > 0 && buffer.capacity() <= SPARE_BYTES_MAX {
+        buffer.clear();
+        keep(&SPARE, buffer, SPARE_MAX);
     }
-    buffer.clear();
-    let _ = SPARE.try_with(|spare| {
+}
+
+/// Drops the tensors, and keeps a short list for this thread's next [`encode`].
+pub fn recycle_tensors(mut tensors: Vec<Tensor>) {
+    if tensors.capacity() > 0 && tensors.capacity() <= SPARE_TENSORS_MAX {
+        // Their owners may run code of their own: before the lists are borrowed.
+        tensors.clear();
+        keep(&SPARE_TENSORS, tensors, SPARE_LISTS_MAX);
+    }
+}
+
+impl Encoded {
+    /// [`recycle`]s both parts.
+    pub fn recycle(self) {
+        recycle(self.metadata);
+        recycle_tensors(self.tensors);
+    }
+}
+
+fn keep<T>(spare: &'static LocalKey<RefCell<Vec<T>>>, value: T, max: usize) {
+    let _ = spare.try_with(|spare| {
         if let Ok(mut spare) = spare.try_borrow_mut()
-            && spare.len() < SPARE_MAX
+            && spare.len() < max
         {
-            spare.push(buffer);
+            spare.push(value);
         }
     });
 }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use farcall_device::codec::{decode, recycle};
+use farcall_device::codec::decode;
 use farcall_device::{DeviceFuture, Encoded, Fences, Param, Ready, Storages, Stream};
 use farcall_schema::{FromValue, Value, ValueError};
 use farcall_transport::{Corrupt, Digests, Endpoint, is_forked_child};
@@ -492,7 +492,7 @@ impl<T> Reply<T> {
         let encoded = self.wait_encoded()?;
         Fences::of(&encoded.tensors).block_until(self.slot.deadline)?;
         let value = self.read(&encoded);
-        recycle(encoded.metadata);
+        encoded.recycle();
         value
     }
 
@@ -601,7 +601,7 @@ impl<T> Future for ReplyFuture<T> {
                 ReadyState::Storages(encoded, fences) => {
                     std::task::ready!(Pin::new(fences).poll(cx))?;
                     let value = this.reply.read(encoded);
-                    recycle(std::mem::take(&mut encoded.metadata));
+                    std::mem::take(encoded).recycle();
                     return Poll::Ready(value);
                 }
             }

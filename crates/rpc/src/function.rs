@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use farcall_device::codec::{decode, encode, shape};
+use farcall_device::codec::{decode, encode, recycle_tensors, shape};
 use farcall_device::{Encoded, Tensor};
 use farcall_schema::Value;
 use serde::Serialize;
@@ -104,7 +104,7 @@ impl Handler {
             caught(catch_unwind(AssertUnwindSafe(|| {
                 let args = read_args(metadata, &tensors)?;
                 // The arguments own what they need of the frame.
-                drop(tensors);
+                recycle_tensors(tensors);
                 answer(function(cx, args))
             })))
         })))
@@ -115,7 +115,7 @@ impl Handler {
         Self(HandlerKind::Sync(Box::new(move |cx, metadata, tensors| {
             caught(catch_unwind(AssertUnwindSafe(|| {
                 let values = read_args(metadata, &tensors)?;
-                drop(tensors);
+                recycle_tensors(tensors);
                 match run(cx, values) {
                     Ok(value) => answer(Ok(value)),
                     Err(RunError::Failed(error)) => answer::<Value>(Err(error)),

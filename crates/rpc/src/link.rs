@@ -292,6 +292,7 @@ impl Link {
             Some(Admission::Sent) => {
                 drop(calls);
                 self.transmit(endpoint, &request);
+                request.contents.recycle();
             }
             // Cancelled, or its deadline passed, meanwhile.
             Some(Admission::Over) => drop(calls),

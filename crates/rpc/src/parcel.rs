@@ -52,6 +52,13 @@ impl Contents {
         Self::Own(Packed::new(encoded))
     }
 
+    /// It was sent: this thread's next call has its buffers.
+    pub(crate) fn recycle(self) {
+        if let Self::Own(Packed { encoded, .. }) = self {
+            encoded.recycle();
+        }
+    }
+
     /// Copies foreign tensors into slabs; what several calls send has none.
     pub(crate) fn snapshot(&mut self, endpoint: &Endpoint) -> Result<(), DeviceError> {
         if let Self::Own(packed) = self {

@@ -220,7 +220,10 @@ impl ReplyTo {
         let endpoint = &self.endpoint;
         let runtime = &endpoint.driver().config().runtime;
         match stage(runtime, tensors, endpoint.lends(), !self.digests, |tensor| endpoint.is_peers(tensor)) {
-            Ok(staged) if staged.pending.is_empty() => self.send_value(&metadata, &staged, turn),
+            Ok(staged) if staged.pending.is_empty() => {
+                self.send_value(&metadata, &staged, turn);
+                Encoded { metadata, tensors: staged.tensors }.recycle();
+            }
             Ok(mut staged) => {
                 let pending = std::mem::take(&mut staged.pending);
                 pending.on_ready(move |ready| match ready {

@@ -31,6 +31,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use farcall_device::codec::recycle;
 use farcall_device::{Slab, Storage, Tensor, is_forked_child};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
@@ -874,6 +875,7 @@ impl Endpoint {
                     // Dropped without the lock.
                     let _returned = lock(&self.lender).take_back(lease)?;
                 }
+                recycle(frame.metadata);
             }
             Kind::OpenBulk if status == Status::Open && self.dialed.is_some() => {
                 let mut bulk = lock(&self.bulk);

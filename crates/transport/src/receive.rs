@@ -6,11 +6,13 @@
 //! Invariant LIMITS: header, then descriptors are checked before a storage is allocated.
 //! Invariant R1: a frame that waits for its bulk payload delays no later frame.
 
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use farcall_device::codec::{spare_buffer, spare_tensors};
 use farcall_device::{Device, Layout, Runtime, Storage, StorageMut, Tensor};
 
 use crate::descriptor::{Descriptor, Mode};
@@ -124,6 +126,14 @@ struct Slot {
     digests: Option<DigestList>,
 }
 
+thread_local! {
+    /// Of the frame that this thread finished last.
+    static SPARE_SLOTS: Cell<Vec<Slot>> = const { Cell::new(Vec::new()) };
+}
+
+/// What of it is kept.
+const SPARE_SLOTS_MAX: usize = 16;
+
 /// A frame some of whose payload is still on its way.
 pub(crate) struct Partial {
     frame: Frame,
@@ -136,13 +146,16 @@ impl Partial {
         if self.slots.iter().any(|slot| slot.device != Device::HOST) {
             self.frame.devices.extend(self.slots.iter().map(|slot| slot.device));
         }
-        for (index, slot) in self.slots.into_iter().enumerate() {
+        for (index, slot) in self.slots.drain(..).enumerate() {
             let Place::Complete(storage) = slot.place else { unreachable!("finished with a payload missing") };
             let tensor = Tensor::from_storage(storage, slot.layout)?;
             if let Some(digests) = slot.digests {
                 self.frame.digests.tensors.push((index, tensor.clone(), digests));
             }
             self.frame.tensors.push(tensor);
+        }
+        if self.slots.capacity() <= SPARE_SLOTS_MAX {
+            SPARE_SLOTS.set(self.slots);
         }
         Ok(self.frame)
     }
@@ -383,7 +396,9 @@ impl Receiver {
         self.on_slab_frame(header, kind)?;
         let (_extensions, body) = body.split_at(header.ext_len as usize);
         let (mut table, metadata) = body.split_at(header.table_len as usize);
-        let mut slots = Vec::with_capacity(header.tensors as usize);
+        let mut slots = SPARE_SLOTS.take();
+        slots.clear();
+        slots.reserve(header.tensors as usize);
         let mut missing = 0;
         let mut inline_bytes = 0;
         let mut frame_bytes = 0_u64;
@@ -440,14 +455,17 @@ impl Receiver {
             self.inflow.0.fetch_add(frame_bytes, Ordering::AcqRel);
             unanswered = Unanswered { bytes: frame_bytes, inflow: Some(Arc::clone(&self.inflow)) };
         }
+        let (mut copy, mut tensors) = (spare_buffer(), spare_tensors());
+        copy.extend_from_slice(metadata);
+        tensors.reserve(slots.len());
         let frame = Frame {
             kind,
             call: header.call,
             function: header.function,
             deadline_us: header.deadline_us,
-            metadata: metadata.to_vec(),
+            metadata: copy,
             unanswered,
-            tensors: Vec::with_capacity(slots.len()),
+            tensors,
             devices: Vec::new(),
             digests: Digests { wanted: header.flags & WANTS_DIGESTS != 0, tensors: Vec::new() },
         };

@@ -19,7 +19,7 @@ pub(super) struct Decoder<'de> {
     /// All tensors below this index were used.
     used: usize,
     /// Used ones beyond that; empty as long as the value names its tensors in order, as our encoder writes them.
-    used_ahead: BTreeSet<usize>,
+    used_ahead: Option<BTreeSet<usize>>,
     depth: usize,
     empty_elements: usize,
     /// Elements that the sequences around the current value still expect, as they claim; saturated.
@@ -32,13 +32,12 @@ pub(super) struct Decoder<'de> {
 impl<'de> Decoder<'de> {
     #[inline]
     pub(super) fn new(bytes: &'de [u8], tensors: &'de [Tensor], context: &'de mut dyn Any) -> Self {
-        let used_ahead = BTreeSet::new();
         Self {
             bytes,
             at: 0,
             tensors,
             used: 0,
-            used_ahead,
+            used_ahead: None,
             depth: 0,
             empty_elements: 0,
             promised: 0,
@@ -57,11 +56,13 @@ impl<'de> Decoder<'de> {
                 .map(|tensor| (index as usize, tensor))
         });
         let (index, tensor) = taken.inspect_err(|error| self.cause = Some(error.clone()))?;
-        if index >= self.used {
-            self.used_ahead.insert(index);
-            while self.used_ahead.remove(&self.used) {
+        if index == self.used {
+            self.used += 1;
+            while self.used_ahead.as_mut().is_some_and(|ahead| ahead.remove(&self.used)) {
                 self.used += 1;
             }
+        } else if index > self.used {
+            self.used_ahead.get_or_insert_default().insert(index);
         }
         Ok(tensor.clone())
     }
@@ -77,7 +78,7 @@ impl<'de> Decoder<'de> {
 
     /// Checks that nothing is left over (C2).
     #[inline]
-    pub(super) fn finish(self) -> Result<(), CodecError> {
+    pub(super) fn finish(&self) -> Result<(), CodecError> {
         match self.bytes.len() - self.at {
             0 if self.used < self.tensors.len() => Err(CodecError::UnusedTensor { index: self.used }),
             0 => Ok(()),

@@ -266,23 +266,33 @@ impl Driver {
             self.spin.waited(began);
         }
         hot.retain(|endpoint| endpoint.closed().is_none());
-        lock(&self.hot).extend(hot);
+        self.put_back(hot);
         found
     }
 
     /// The leader will sleep: rings that are written meanwhile must wake it. Whether one was already.
     fn cool_all(self: &Arc<Self>, turn: &mut Turn) -> bool {
-        let hot = std::mem::take(&mut *lock(&self.hot));
+        let mut hot = std::mem::take(&mut *lock(&self.hot));
         let mut found = false;
-        for endpoint in hot {
+        for endpoint in hot.drain(..) {
             found |= endpoint.wants_leader();
             guarded(&endpoint, || {
                 endpoint.cool(turn);
                 false
             });
         }
+        self.put_back(hot);
         // Some may be hot again, as more has come than could be read.
         found || !turn.is_empty() || !lock(&self.hot).is_empty()
+    }
+
+    /// Hot endpoints, beside those that are hot since they were taken. The longer list stays.
+    fn put_back(&self, mut hot: Vec<Arc<Endpoint>>) {
+        let mut since = lock(&self.hot);
+        if since.capacity() < hot.capacity() {
+            std::mem::swap(&mut *since, &mut hot);
+        }
+        since.append(&mut hot);
     }
 
     /// A ring is the leader's now.

@@ -1,6 +1,7 @@
 //! What is sent: tensors made fit for the wire, frames, and greetings.
 
 use farcall_device::{Device, DeviceError, Fences, Runtime, Storage, Tensor};
+use std::cell::Cell;
 use std::io::IoSlice;
 
 use super::landing::{self, is_foreign};
@@ -108,6 +109,11 @@ pub fn stage(
     Ok(Staged { tensors, devices, lands, pending })
 }
 
+thread_local! {
+    /// Which tensors of a frame travel in it.
+    static INLINE: Cell<Vec<usize>> = const { Cell::new(Vec::new()) };
+}
+
 /// Appends `outbound` to `wire` and gives the tensors that travel on the bulk connection, with their transfer ids. `lend` gives
 /// the place of a storage's first byte in a slab that the peer has, or will have before this frame, says that the peer has lent it, or
 /// where the tensor will land.
@@ -134,7 +140,8 @@ pub(crate) fn encode_frame(
     };
     wire.extend_from_slice(header.as_bytes());
     let mut bulk = Vec::new();
-    let mut inline: Vec<&Tensor> = Vec::new();
+    let mut inline = INLINE.take();
+    inline.clear();
     for (index, tensor) in outbound.tensors.iter().enumerate() {
         debug_assert!(tensor.layout().is_dense_or_broadcast(), "sent without `stage`: {tensor:?}");
         let device = outbound.devices.get(index).copied().unwrap_or(Device::HOST);
@@ -155,7 +162,7 @@ pub(crate) fn encode_frame(
             descriptor.mode = mode;
         } else if header.payload_len + descriptor.len_bytes <= inline_bytes_max {
             header.payload_len += descriptor.len_bytes;
-            inline.push(tensor);
+            inline.push(index);
         } else {
             descriptor.mode = Mode::Bulk(*next_transfer);
             bulk.push((*next_transfer, tensor.clone()));
@@ -166,9 +173,10 @@ pub(crate) fn encode_frame(
     header.table_len = (wire.len() - start - HEADER_BYTES) as u32;
     wire[start..start + HEADER_BYTES].copy_from_slice(header.as_bytes());
     wire.extend_from_slice(outbound.metadata);
-    for tensor in inline {
-        wire.extend_from_slice(payload(tensor)?);
+    for index in &inline {
+        wire.extend_from_slice(payload(&outbound.tensors[*index])?);
     }
+    INLINE.set(inline);
     Ok(bulk)
 }
 
