@@ -2,7 +2,7 @@
 //!
 //! Not a pool: [`HostPool`](crate::HostPool) decides which range is handed out again.
 //! Invariant M1: a [`SlabRange`] is the only one to reach its bytes. Ranges come from [`Slab::create`] and are only ever split,
-//! so exclusive access follows from ownership; a range is shared by sharing a reference to it.
+//! and joined again, so exclusive access follows from ownership; a range is shared by sharing a reference to it.
 //! Invariant M2: a slab is unmapped when its last range and its last handle are gone, never earlier. Ids are never used again.
 //! Invariant M3 (SNAPSHOT): other processes can map a slab, but only to read: a descriptor is given out only of memory that is
 //! sealed against resizing, and against all writes but those of our own mapping (Linux 5.1).
@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::process::{Resource, getrlimit};
 
 pub use budget::DescriptorPermit;
 pub use copy::copy;
@@ -202,6 +203,18 @@ impl SlabRange {
         Some(front)
     }
 
+    /// This range and `next` as one.
+    ///
+    /// # Errors
+    /// Both, as they were, unless `next` begins in the same slab where this range ends.
+    pub fn join(mut self, next: Self) -> Result<Self, (Self, Self)> {
+        if !Arc::ptr_eq(&self.slab, &next.slab) || self.offset + self.len != next.offset {
+            return Err((self, next));
+        }
+        self.len += next.len;
+        Ok(self)
+    }
+
     /// The bytes, shared.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
@@ -222,15 +235,27 @@ impl SlabRange {
     /// # Errors
     /// [`DeviceError::OutOfMemory`] if it cannot. A kernel without the call (before 5.14) is no error.
     pub fn populate(&mut self) -> Result<(), DeviceError> {
-        let start = self.start().as_ptr().cast();
+        self.prefer_huge_pages();
+        self.populate_end(self.len)
+    }
+
+    /// Asks for huge pages where they fit. For a whole slab it leaves one mapping, for a part it makes more.
+    pub(crate) fn prefer_huge_pages(&mut self) {
         if self.len >= HUGE_PAGE_BYTES {
+            let start = self.start().as_ptr().cast();
             // SAFETY: the range lies in our mapping; the advice changes no contents. It is a wish: refusal is fine.
             let _ = unsafe { rustix::mm::madvise(start, self.len, Advice::LinuxHugepage) };
         }
-        // SAFETY: the range lies in our mapping; populating faults pages in and changes no contents.
-        match unsafe { rustix::mm::madvise(start, self.len, Advice::LinuxPopulateWrite) } {
+    }
+
+    /// As [`SlabRange::populate`], the last `len` bytes alone, which start at a page.
+    pub(crate) fn populate_end(&mut self, len: usize) -> Result<(), DeviceError> {
+        assert!(len <= self.len, "the end of the range");
+        let start = self.start().as_ptr().wrapping_add(self.len - len).cast();
+        // SAFETY: the bytes lie in our mapping; populating faults pages in and changes no contents.
+        match unsafe { rustix::mm::madvise(start, len, Advice::LinuxPopulateWrite) } {
             Ok(()) | Err(Errno::INVAL | Errno::AGAIN | Errno::INTR) => Ok(()),
-            Err(_) => Err(DeviceError::OutOfMemory { device: Device::HOST, want_bytes: self.len, mapped_bytes: 0 }),
+            Err(_) => Err(DeviceError::OutOfMemory { device: Device::HOST, want_bytes: len, mapped_bytes: 0 }),
         }
     }
 
@@ -242,7 +267,7 @@ impl SlabRange {
 
     fn start(&self) -> NonNull<u8> {
         assert!(!is_forked_child(), "a forked child has none of its parent's slabs");
-        // SAFETY: `offset + len <= slab.len` since creation and through every split.
+        // SAFETY: `offset + len <= slab.len` since creation, through every split and every join.
         unsafe { self.slab.base.add(self.offset) }
     }
 }
@@ -394,6 +419,10 @@ fn sealed(fd: OwnedFd) -> Result<OwnedFd, Errno> {
 }
 
 fn create_memfd(len: usize) -> rustix::io::Result<OwnedFd> {
+    // Beyond the limit `ftruncate` raises SIGXFSZ, too, which ends the process.
+    if getrlimit(Resource::Fsize).current.is_some_and(|limit| len as u64 > limit) {
+        return Err(Errno::FBIG);
+    }
     // MFD_NOEXEC_SEAL (Linux 6.3), which rustix does not name yet; some systems refuse a memfd without it.
     const NOEXEC_SEAL: MemfdFlags = MemfdFlags::from_bits_retain(0x0008);
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
@@ -432,6 +461,19 @@ mod tests {
         assert_eq!(front.bytes(), [1; 64]);
         assert!(rest.split_front(page).is_none(), "longer than what is left");
         assert_eq!(rest.len(), page - 64, "a refused split changes nothing");
+    }
+
+    #[test]
+    fn m1_neighbours_of_one_slab_are_joined_and_others_come_back() {
+        let mut rest = Slab::create(4096).unwrap();
+        let [first, second] = [64, 128].map(|len| rest.split_front(len).unwrap());
+        let (first, rest) = first.join(rest).expect_err("a gap between them");
+        let (second, first) = second.join(first).expect_err("the wrong way round");
+        let whole = first.join(second).and_then(|both| both.join(rest)).expect("neighbours");
+        assert_eq!((whole.offset(), whole.len()), (0, whole.slab().len()));
+        let mut other = Slab::create(8192).unwrap();
+        let _front = other.split_front(whole.len()).unwrap();
+        whole.join(other).expect_err("of another slab");
     }
 
     #[test]

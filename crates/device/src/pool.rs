@@ -1,16 +1,25 @@
 //! Recycles host memory by size class, so that an allocation of warm memory costs a lock and no system call.
 //!
-//! Classes are four to a doubling, so at most a quarter is lost to rounding. Classes up to 1 MiB are cut from shared slabs of 8 MiB;
-//! a larger block is a slab of its own.
-//! Invariant P1: a block is in one place: with its holder, in its class's free list, or not yet cut from a slab.
-//! Invariant P2: large slabs that nobody uses are kept mapped up to `idle_bytes_max` in all; beyond it the oldest go first.
-//! Invariant P3: no slab is mapped or unmapped under a lock that an allocation of warm memory takes.
+//! Classes are four to a doubling, so at most a quarter is lost to rounding. Classes up to 1 MiB are cut from shared slabs of 8 MiB,
+//! larger ones up to 32 MiB from arenas of 128 MiB; a block above is a slab of its own, and so is one for which no arena can be made.
+//! A block of an arena goes back to its class, too, and only from there to the arena's free space, where other sizes find it.
+//! Invariant P1: a block is in one place: with its holder, in its class's free list, or in what is not cut of a slab.
+//! Invariant P2: large memory that nobody uses is kept mapped up to `idle_bytes_max` in all: idle slabs, and what was ever handed out
+//! of arenas. Beyond it unused arenas go, then the oldest blocks, until what is left lies in arenas beside blocks in use.
+//! Invariant P3: no slab is mapped, unmapped or populated under a lock that an allocation of warm memory takes.
+//! Invariant P4: an arena is mapped only for a block that fits nowhere in the others, idle blocks of all classes included. So who
+//! goes through many sizes takes no more arenas than the blocks in use, at their most, can scatter.
 
-use std::collections::{HashMap, VecDeque};
+mod arenas;
+mod idle;
+
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use self::arenas::{ARENA_BYTES, Cut};
+use self::idle::Idle;
 use crate::fork::is_forked_child;
 use crate::memory::{ALIGN_BYTES, Slab, SlabRange};
 use crate::{Device, DeviceError};
@@ -19,6 +28,8 @@ use crate::{Device, DeviceError};
 const SMALL_BYTES_MAX: usize = 1 << 20;
 /// The size of a shared slab.
 const SHARED_SLAB_BYTES: usize = 8 << 20;
+/// The largest class that is cut from arenas: four to an arena.
+const ARENA_BLOCK_BYTES_MAX: usize = 32 << 20;
 /// Larger slabs get their pages as they are written: who announces much and sends little takes little (LIMITS).
 const POPULATED_BYTES_MAX: usize = 64 << 20;
 /// Classes up to `SMALL_BYTES_MAX`.
@@ -33,17 +44,9 @@ struct Shared {
     /// What is left of the newest shared slab.
     uncut: Mutex<Option<SlabRange>>,
     idle: Mutex<Idle>,
-    idle_bytes_max: usize,
+    /// Held by who maps an arena.
+    arena: Mutex<()>,
     counters: Counters,
-}
-
-/// Large slabs that nobody uses, by class; within a class the oldest first.
-#[derive(Default)]
-struct Idle {
-    by_class: HashMap<usize, VecDeque<(u64, SlabRange)>>,
-    bytes: usize,
-    /// Counts slabs that became idle: their age.
-    clock: u64,
 }
 
 #[derive(Default)]
@@ -61,7 +64,7 @@ struct Counters {
 pub struct PoolStats {
     /// Slabs that are mapped.
     pub slabs: usize,
-    /// Their bytes.
+    /// Their bytes. Pages of them that were never handed out take no memory.
     pub mapped_bytes: usize,
     /// Bytes handed out, rounded to the size class.
     pub live_bytes: usize,
@@ -69,20 +72,20 @@ pub struct PoolStats {
     pub idle_bytes: usize,
     /// Blocks handed out since the start.
     pub allocations: u64,
-    /// Those among them that were used before: warm memory.
+    /// Those among them of which every page was used before: warm memory.
     pub recycled: u64,
 }
 
 impl HostPool {
-    /// A pool that keeps up to `idle_bytes_max` of unused large slabs; by default a quarter of the memory of this process's
-    /// cgroup, or of the machine.
+    /// A pool that keeps up to `idle_bytes_max` of unused large blocks mapped (those above 1 MiB); by default a quarter of the memory
+    /// of this process's cgroup, or of the machine.
     #[must_use]
     pub fn new(idle_bytes_max: Option<usize>) -> Self {
         Self(Arc::new(Shared {
             small: std::array::from_fn(|_| Mutex::default()),
             uncut: Mutex::default(),
-            idle: Mutex::default(),
-            idle_bytes_max: idle_bytes_max.unwrap_or_else(|| memory_limit_bytes() / 4),
+            idle: Mutex::new(Idle::new(idle_bytes_max.unwrap_or_else(|| memory_limit_bytes() / 4))),
+            arena: Mutex::default(),
             counters: Counters::default(),
         }))
     }
@@ -93,7 +96,8 @@ impl HostPool {
     /// [`DeviceError::OutOfMemory`] if `len` is above the memory of the cgroup or machine, or the system has none left;
     /// [`DeviceError::ForkedProcess`].
     /// # Cost
-    /// Warm memory: one lock held for a few instructions. Else a slab is mapped; a large one is populated, about 0.4 ms a MiB, up to 64 MiB.
+    /// Warm memory: one lock held for a few instructions. Else it is cut from a slab, which is mapped if there is no room; pages of
+    /// a block above 1 MiB and up to 64 MiB that were never used are populated, about 0.4 ms a MiB.
     pub fn alloc(&self, len: usize) -> Result<HostBlock, DeviceError> {
         let out_of_memory = || self.out_of_memory(len);
         if is_forked_child() {
@@ -117,8 +121,7 @@ impl HostPool {
 
     /// Unmaps every slab of which nothing is in use; returns how many bytes that was.
     pub fn trim(&self) -> usize {
-        let mut freed =
-            std::mem::take(&mut *lock(&self.0.idle)).by_class.into_values().flatten().map(|(_, range)| range).collect();
+        let mut freed = lock(&self.0.idle).trim();
         self.0.take_unused_shared(&mut freed);
         self.0.unmap(freed)
     }
@@ -188,22 +191,20 @@ impl Shared {
         }
     }
 
-    /// A slab of a large class, and whether it was used before.
+    /// A block of a large class, and whether it was used before.
     fn take_large(&self, class: usize) -> Result<(SlabRange, bool), DeviceError> {
-        let recycled = {
-            let mut idle = lock(&self.idle);
-            // The newest of the class: its pages are the most likely to be in a cache.
-            let recycled = idle.by_class.get_mut(&class).and_then(VecDeque::pop_back);
-            if let Some((_, range)) = &recycled {
-                idle.bytes -= range.len();
-            }
-            recycled
-        };
-        if let Some((_, range)) = recycled {
+        let recycled = lock(&self.idle).take(class);
+        if let Some(range) = recycled {
             return Ok((range, true));
         }
-        let mut range = self.map(class_bytes(class))?;
-        if range.len() <= POPULATED_BYTES_MAX
+        let size = class_bytes(class);
+        if size <= ARENA_BLOCK_BYTES_MAX
+            && let Some(cut) = self.cut(size)?
+        {
+            return self.populated(cut);
+        }
+        let mut range = self.map(size)?;
+        if size <= POPULATED_BYTES_MAX
             && let Err(error) = range.populate()
         {
             self.unmap(vec![range]);
@@ -212,39 +213,71 @@ impl Shared {
         Ok((range, false))
     }
 
+    /// A block of an arena; `None` if there is no room and the system has none for another arena.
+    fn cut(&self, len: usize) -> Result<Option<Cut>, DeviceError> {
+        let found = lock(&self.idle).cut(len);
+        if found.is_some() {
+            return Ok(found);
+        }
+        // Not P3's lock: only blocks for which there is no room come here, and all of them need the new arena.
+        let _arena = lock(&self.arena);
+        let found = lock(&self.idle).cut(len);
+        if found.is_some() {
+            return Ok(found);
+        }
+        let mut fresh = match self.map(ARENA_BYTES) {
+            Err(DeviceError::OutOfMemory { .. }) => return Ok(None),
+            mapped => mapped?,
+        };
+        fresh.prefer_huge_pages();
+        Ok(lock(&self.idle).cut_fresh(fresh, len))
+    }
+
+    /// The block with all its pages, and whether they were used before.
+    fn populated(&self, cut: Cut) -> Result<(SlabRange, bool), DeviceError> {
+        let Cut { mut range, untouched_bytes } = cut;
+        if untouched_bytes == 0 {
+            return Ok((range, true));
+        }
+        if let Err(error) = range.populate_end(untouched_bytes) {
+            let unused = {
+                let mut idle = lock(&self.idle);
+                if range.slab().is_retired() { Vec::new() } else { idle.put_back(Cut { range, untouched_bytes }) }
+            };
+            self.unmap(unused);
+            return Err(error);
+        }
+        Ok((range, false))
+    }
+
     fn give_back(&self, class: usize, range: SlabRange) {
         self.counters.live_bytes.fetch_sub(range.len(), Ordering::Relaxed);
-        if range.slab().is_retired() {
-            return;
-        }
         if class < SMALL_CLASSES {
-            lock(&self.small[class]).push(range);
+            if !range.slab().is_retired() {
+                lock(&self.small[class]).push(range);
+            }
             return;
         }
-        let mut evicted = Vec::new();
-        {
+        let evicted = {
             let mut idle = lock(&self.idle);
-            idle.clock += 1;
-            idle.bytes += range.len();
-            let age = idle.clock;
-            idle.by_class.entry(class).or_default().push_back((age, range));
-            while idle.bytes > self.idle_bytes_max
-                && let Some(oldest) = idle.pop_oldest()
-            {
-                evicted.push(oldest);
-            }
-        }
+            // Asked under the lock that `retire` takes: a retired slab's block is never idle. It is dropped without the lock.
+            if range.slab().is_retired() { Vec::new() } else { idle.put(class, range) }
+        };
         self.unmap(evicted);
     }
 
     /// Takes a slab out of use: what of it is free is dropped now, the rest as it comes back, the last one unmaps it. Its bytes
     /// do not count any more.
     fn retire(&self, slab: &Arc<Slab>) {
-        if !slab.retire() {
-            return;
-        }
+        let mut freed = {
+            let mut idle = lock(&self.idle);
+            if !slab.retire() {
+                return;
+            }
+            idle.retire(slab)
+        };
         let retired = |range: &SlabRange| Arc::ptr_eq(range.slab(), slab);
-        let mut freed: Vec<_> = lock(&self.uncut).take_if(|rest| retired(rest)).into_iter().collect();
+        freed.extend(lock(&self.uncut).take_if(|rest| retired(rest)));
         for list in &self.small {
             freed.extend(lock(list).extract_if(.., |free| retired(free)));
         }
@@ -284,17 +317,6 @@ impl Shared {
             freed.extend(list.extract_if(.., |range| unused(range)));
         }
         freed.extend(uncut.take_if(|range| unused(range)));
-    }
-}
-
-impl Idle {
-    fn pop_oldest(&mut self) -> Option<SlabRange> {
-        let front_age = |queue: &VecDeque<(u64, SlabRange)>| queue.front().map(|(age, _)| *age);
-        let queue =
-            self.by_class.values_mut().filter(|queue| !queue.is_empty()).min_by_key(|queue| front_age(queue))?;
-        let (_, range) = queue.pop_front()?;
-        self.bytes -= range.len();
-        Some(range)
     }
 }
 
@@ -453,17 +475,61 @@ mod tests {
     }
 
     #[test]
+    fn large_blocks_share_a_slab_and_the_largest_have_their_own() {
+        let pool = HostPool::new(None);
+        let blocks: Vec<_> = (0..12).map(|_| pool.alloc(5 * MIB / 4).unwrap()).collect();
+        assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (1, ARENA_BYTES));
+        assert_eq!((pool.stats().live_bytes, pool.stats().recycled), (15 * MIB, 0));
+        let slab = blocks[0].range().slab();
+        let file = rustix::fs::fstat(slab.fd().unwrap()).unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let of_slab = |line: &&str| line.contains("farcall-slab") && line.contains(&format!(" {} ", file.st_ino));
+        assert_eq!(maps.lines().filter(of_slab).count(), 1, "populated in parts, and one mapping all the same");
+        let _own = pool.alloc(80 * MIB).unwrap();
+        assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (2, ARENA_BYTES + 80 * MIB));
+    }
+
+    /// What was never handed out takes no memory; what is cut is populated, once.
+    #[test]
+    fn an_arena_takes_memory_as_it_is_handed_out() {
+        let taken = |slab: &Slab| rustix::fs::fstat(slab.fd().unwrap()).unwrap().st_blocks * 512;
+        let pool = HostPool::new(None);
+        let first = pool.alloc(2 * MIB).unwrap();
+        let slab = Arc::clone(first.range().slab());
+        let populated = |len| {
+            // As this machine does it: in huge pages, or not at all if the kernel does not know how.
+            let mut alone = Slab::create(ARENA_BYTES).unwrap();
+            alone.prefer_huge_pages();
+            alone.split_front(len).unwrap().populate_end(len).unwrap();
+            taken(alone.slab())
+        };
+        assert_eq!(taken(&slab), populated(2 * MIB));
+        // 2 to 4 MiB are used, and then free.
+        drop(pool.alloc(2 * MIB).unwrap());
+        pool.trim();
+        let second = pool.alloc(3 * MIB).unwrap();
+        assert_eq!((second.range().slab().id(), second.range().offset()), (slab.id(), 2 * MIB));
+        assert_eq!((taken(&slab), pool.stats().recycled), (populated(5 * MIB), 0), "a part of it is new");
+        drop(second);
+        pool.trim();
+        let third = pool.alloc(5 * MIB / 2).unwrap();
+        assert_eq!((third.range().slab().id(), third.range().offset()), (slab.id(), 2 * MIB));
+        assert_eq!((taken(&slab), pool.stats().recycled), (populated(5 * MIB), 1), "another size, and warm");
+    }
+
+    /// P2. Blocks above 64 MiB: nobody touches their pages.
+    #[test]
     fn p2_idle_large_slabs_are_bounded_and_the_oldest_go_first() {
-        let pool = HostPool::new(Some(6 * MIB));
-        let [a, b, c] = [2 * MIB, 3 * MIB, 4 * MIB].map(|len| pool.alloc(len).unwrap());
+        let pool = HostPool::new(Some(192 * MIB));
+        let [a, b, c] = [80, 96, 112].map(|mib| pool.alloc(mib * MIB).unwrap());
         let watch = [&a, &b, &c].map(|block| Arc::downgrade(block.range().slab()));
         drop(b);
         drop(a);
-        assert_eq!(pool.stats().idle_bytes, 5 * MIB);
+        assert_eq!(pool.stats().idle_bytes, 176 * MIB);
         drop(c);
         assert_eq!(watch.map(|slab| slab.strong_count()), [1, 0, 1], "b became idle first");
-        assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (2, 6 * MIB));
-        drop(pool.alloc(9 * MIB).unwrap());
+        assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (2, 192 * MIB));
+        drop(pool.alloc(224 * MIB).unwrap());
         assert_eq!(
             pool.stats().mapped_bytes,
             0,
@@ -472,23 +538,69 @@ mod tests {
     }
 
     #[test]
+    fn p2_an_arena_is_unmapped_once_it_is_unused_and_more_than_may_be_idle() {
+        let pool = HostPool::new(Some(6 * MIB));
+        let [a, b, c] = [2, 3, 4].map(|mib| pool.alloc(mib * MIB).unwrap());
+        drop(b);
+        drop(a);
+        assert_eq!(pool.stats().slabs, 1);
+        drop(c);
+        assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (0, 0), "9 MiB of it were used");
+        let address = |block: &HostBlock| block.range().bytes().as_ptr();
+        let first = pool.alloc(3 * MIB).unwrap();
+        let start = address(&first);
+        drop(first);
+        assert_eq!(address(&pool.alloc(3 * MIB).unwrap()), start, "3 MiB stay");
+    }
+
+    #[test]
     fn trim_unmaps_what_nobody_uses() {
         let pool = HostPool::new(None);
         let small = pool.alloc(100).unwrap();
-        drop(pool.alloc(2 * MIB).unwrap());
-        assert_eq!(pool.trim(), 2 * MIB, "the shared slab is in use");
+        let large = pool.alloc(2 * MIB).unwrap();
+        drop(pool.alloc(3 * MIB).unwrap());
+        drop(pool.alloc(80 * MIB).unwrap());
+        assert_eq!(pool.trim(), 80 * MIB, "the shared slab and the arena are in use");
+        drop(large);
+        assert_eq!(pool.trim(), ARENA_BYTES);
         drop(small);
         assert_eq!(pool.trim(), SHARED_SLAB_BYTES);
         assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (0, 0));
         drop(pool.alloc(100).unwrap());
-        assert_eq!(pool.stats().slabs, 1, "and works on after it");
+        drop(pool.alloc(2 * MIB).unwrap());
+        assert_eq!(pool.stats().slabs, 2, "and works on after it");
+    }
+
+    /// In a process of its own, where no file may be as large as an arena; `ulimit` counts in units of 512 or 1,024 bytes.
+    #[test]
+    fn without_room_for_an_arena_a_block_has_a_slab_of_its_own() {
+        const NAME: &str = "pool::tests::without_room_for_an_arena_a_block_has_a_slab_of_its_own";
+        if std::env::var_os("TEST_LIMITED").is_none() {
+            let shell = format!("ulimit -f 65536 && exec \"$0\" --exact {NAME}");
+            let mut limited = std::process::Command::new("sh");
+            limited.arg("-c").arg(shell).arg(std::env::current_exe().unwrap()).env("TEST_LIMITED", "1");
+            let output = limited.output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
+            return;
+        }
+        let pool = HostPool::new(None);
+        let [first, second] = [2, 3].map(|mib| pool.alloc(mib * MIB).unwrap());
+        assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (2, 5 * MIB));
+        drop(first);
+        let again = pool.alloc(2 * MIB).unwrap();
+        assert_eq!((pool.stats().slabs, pool.stats().recycled), (2, 1));
+        let error = pool.alloc(100 * MIB).unwrap_err();
+        assert!(matches!(error, DeviceError::OutOfMemory { .. }), "{error}");
+        drop((again, second));
+        assert_eq!((pool.trim(), pool.stats().slabs), (5 * MIB, 0));
     }
 
     /// Of a block that something out of reach reads, nothing is handed out again, nor of its slab; which goes with the last block.
     #[test]
     fn p1_an_abandoned_block_is_never_used_again() {
         let pool = HostPool::new(None);
-        for len in [100, 2 * MIB] {
+        for len in [100, 2 * MIB, 40 * MIB] {
             let [abandoned, other, free] = [(); 3].map(|()| pool.alloc(len).unwrap());
             let watch = Arc::downgrade(abandoned.range().slab());
             drop(free);
@@ -524,7 +636,7 @@ mod tests {
                 let pool = pool.clone();
                 scope.spawn(move || {
                     for round in 0..200 {
-                        let len = if round % 50 == 0 { 2 * MIB } else { 64 << (round % 8) };
+                        let len = if round % 10 == 0 { (5 + round / 10) * MIB / 4 } else { 64 << (round % 8) };
                         let mut block = pool.alloc(len).unwrap();
                         let mark = (thread * 50 + round % 50) as u8;
                         block.bytes_mut().fill(mark);
@@ -534,11 +646,42 @@ mod tests {
             }
         });
         assert_eq!(pool.stats().live_bytes, 0);
+        pool.trim();
+        assert_eq!((pool.stats().slabs, pool.stats().mapped_bytes), (0, 0));
     }
 
     #[test]
     fn the_machines_memory_is_read() {
         assert_eq!(parse_meminfo("MemTotal:       24683888 kB\nMemFree: 1 kB\n"), Some(24_683_888 * 1024));
         assert!(memory_limit_bytes() >= 64 * MIB);
+    }
+
+    /// A measurement: `cargo test --release -p farcall-device --lib costs -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "a measurement"]
+    fn what_an_allocation_costs() {
+        let median = |mut times: Vec<u128>| {
+            times.sort_unstable();
+            times[times.len() / 2]
+        };
+        for len in [64 << 10, 2 * MIB, 8 * MIB] {
+            let pool = HostPool::new(None);
+            drop(pool.alloc(len).unwrap());
+            let warm = (0..31).map(|_| {
+                let start = std::time::Instant::now();
+                (0..10_000).for_each(|_| drop(pool.alloc(len).unwrap()));
+                start.elapsed().as_nanos() / 10_000
+            });
+            let warm = median(warm.collect());
+            pool.trim();
+            let start = std::time::Instant::now();
+            let blocks: Vec<_> = (0..(256 * MIB / len)).map(|_| pool.alloc(len).unwrap()).collect();
+            let cold = start.elapsed().as_nanos() / blocks.len() as u128;
+            let slabs = pool.stats().slabs;
+            let start = std::time::Instant::now();
+            drop(blocks);
+            let back = start.elapsed().as_nanos() * len as u128 / (256 * MIB) as u128;
+            println!("{len} bytes: {warm} ns warm, {cold} ns fresh in {slabs} slabs, {back} ns to give back");
+        }
     }
 }

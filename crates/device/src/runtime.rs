@@ -12,7 +12,7 @@ use crate::{Check, CpuMode, Device, DeviceError, Layout, SlabCopy, StorageMut, S
 /// What a [`Runtime`] is made with. The default reads no environment; [`Config::from_env`] does.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {
-    /// Bytes of unused large slabs that stay mapped for reuse; by default a quarter of the cgroup's or machine's memory.
+    /// Bytes of unused large blocks (above 1 MiB) that stay mapped for reuse; by default a quarter of the cgroup's or machine's memory.
     pub idle_bytes_max: Option<usize>,
     /// How many devices `cuda:0`… are emulated on the CPU, for running multi-device programs without any.
     pub emulated_devices: u16,

@@ -96,7 +96,8 @@ pub struct Limits {
     pub request_bytes_max: u64,
     /// Slabs of one peer on this host that are mapped. Tensors in more are copied. Default 1,024.
     pub slabs_max: usize,
-    /// Their bytes: a bound of address space, and of what a peer can borrow. Default 256 GiB.
+    /// Their bytes: a bound of address space, and of what a peer can borrow. Tensors from 1 to 32 MiB lie in slabs of 128 MiB, and are
+    /// copied with less. Default 256 GiB.
     pub slab_bytes_max: u64,
     /// Bytes that wait to be taken by one peer, beside tensors: with more, it is lost if it takes nothing for as long as it may be
     /// silent. Default 64 MiB.

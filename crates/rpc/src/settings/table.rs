@@ -286,7 +286,7 @@ settings! {
         "whether uses of storages are checked to be ordered; `off` for inline streams, else `panic`",
         |draft, text| draft.device("FARCALL_CHECK", text);
     "idle_bytes", "FARCALL_IDLE_BYTES", Kind::Size, "",
-        "of unused large slabs that stay mapped for reuse; a quarter of the memory if not set",
+        "of unused large blocks that stay mapped for reuse; a quarter of the memory if not set",
         |draft, text| draft.device("FARCALL_IDLE_BYTES", text);
     "log", "FARCALL_LOG", Kind::Text("a level, or a filter such as `warn,farcall_rpc=debug`"), "warn",
         "which log lines `farcall::log::init` and the tools write, to standard error",

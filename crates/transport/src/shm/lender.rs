@@ -233,16 +233,28 @@ mod tests {
         assert!(lender.sent_back(back, 8).is_ok());
     }
 
+    /// "Few large slabs": the descriptors and mappings that tensors cost a peer.
+    #[test]
+    fn tensors_of_a_few_mib_are_lent_in_one_slab() {
+        let (mut lender, runtime) = (lender(), runtime());
+        let few = Limits { slabs_max: 1, ..Limits::default() };
+        for mib in [2, 3, 2, 5] {
+            assert!(lender.lend(&storage(&runtime, mib << 20), &few).is_some(), "{mib} MiB");
+        }
+        assert_eq!((lender.slabs.len(), lender.leases()), (1, 4));
+    }
+
     #[test]
     fn limits_beyond_what_the_peer_maps_nothing_is_lent() {
         let runtime = runtime();
-        let large = storage(&runtime, 4 << 20);
+        // Each is a slab of its own.
+        let [large, other] = [80, 96].map(|mib| storage(&runtime, mib << 20));
         let few = Limits { slabs_max: 1, ..Limits::default() };
-        let small = Limits { slab_bytes_max: 4 << 20, ..Limits::default() };
+        let small = Limits { slab_bytes_max: 80 << 20, ..Limits::default() };
         for limits in [few, small] {
             let mut lender = lender();
             assert!(lender.lend(&large, &limits).is_some());
-            assert!(lender.lend(&storage(&runtime, 3 << 20), &limits).is_none(), "another slab");
+            assert!(lender.lend(&other, &limits).is_none(), "another slab");
             assert!(lender.lend(&large, &limits).is_some(), "a slab that it has");
         }
         assert!(Lender::default().lend(&large, &Limits::default()).is_none(), "the peer takes none");
