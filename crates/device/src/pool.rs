@@ -229,6 +229,11 @@ impl Shared {
             Err(DeviceError::OutOfMemory { .. }) => return Ok(None),
             mapped => mapped?,
         };
+        if fresh.slab().fd().is_err() {
+            // Peers could map nothing that is cut from it, for as long as it lives.
+            self.unmap(vec![fresh]);
+            return Ok(None);
+        }
         fresh.prefer_huge_pages();
         Ok(lock(&self.idle).cut_fresh(fresh, len))
     }
@@ -594,6 +599,28 @@ mod tests {
         assert!(matches!(error, DeviceError::OutOfMemory { .. }), "{error}");
         drop((again, second));
         assert_eq!((pool.trim(), pool.stats().slabs), (5 * MIB, 0));
+    }
+
+    /// In a process of its own, as descriptors are the process's: what nobody can map is not what later blocks are cut from.
+    #[test]
+    fn without_descriptors_a_block_has_a_slab_of_its_own() {
+        const NAME: &str = "pool::tests::without_descriptors_a_block_has_a_slab_of_its_own";
+        if std::env::var_os("TEST_LIMITED").is_none() {
+            let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+            let output = alone.args(["--exact", NAME]).env("TEST_LIMITED", "1").output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
+            return;
+        }
+        let pool = HostPool::new(None);
+        let permits: Vec<_> = std::iter::from_fn(crate::DescriptorPermit::take).collect();
+        let alone = pool.alloc(2 * MIB).unwrap();
+        assert!(alone.range().slab().fd().is_err(), "{alone:?}");
+        assert_eq!(alone.range().slab().len(), 2 * MIB);
+        drop(permits);
+        let shared = pool.alloc(2 * MIB).unwrap();
+        assert!(shared.range().slab().fd().is_ok() && shared.range().slab().len() == ARENA_BYTES);
+        assert_eq!(pool.stats().slabs, 2);
     }
 
     /// Of a block that something out of reach reads, nothing is handed out again, nor of its slab; which goes with the last block.

@@ -23,7 +23,8 @@ impl DescriptorPermit {
             let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
             usize::try_from(limit / 4).unwrap_or(usize::MAX)
         });
-        Self::take_of(&TAKEN, max).then_some(Self(()))
+        // Not `then_some`: what is refused must not be made, as its end would give one back.
+        Self::take_of(&TAKEN, max).then(|| Self(()))
     }
 
     fn take_of(taken: &AtomicUsize, max: usize) -> bool {

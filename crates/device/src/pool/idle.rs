@@ -70,6 +70,7 @@ impl Idle {
     /// Takes a block back for which the system had no memory; returns what is to be unmapped: all that can be of the arenas.
     pub(super) fn put_back(&mut self, cut: Cut) -> Vec<SlabRange> {
         let own = self.arenas.put_back(cut).err();
+        self.coalesce();
         own.into_iter().chain(std::iter::from_fn(|| self.arenas.take_unused())).collect()
     }
 
