@@ -20,7 +20,6 @@ impl Foreign {
     }
 
     /// Never while a call is being made with them.
-    #[allow(dead_code, reason = "workers do not")]
     pub(crate) fn fill(&self, byte: u8) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).fill(byte);
     }

@@ -406,6 +406,19 @@ pub(crate) fn trade(cx: &Call, worker: String, seed: u64) -> Result<u64> {
     Ok(calls)
 }
 
+/// Sends memory that is not this library's when the process has no descriptor left for memory of its own, and writes over it once the
+/// call was made; whether what came was as it was before.
+#[farcall::function(name = "test::sends_without_descriptors")]
+pub(crate) fn sends_without_descriptors(cx: &Call, worker: String, len: usize) -> Result<bool> {
+    let _permits: Vec<_> = std::iter::from_fn(farcall::device::DescriptorPermit::take).collect();
+    let bytes: Vec<u8> = (0..len).map(|index| (index % 251) as u8).collect();
+    let expected = hash::run(Tensor::from_slice(&bytes, &[len])?)?;
+    let x = Foreign::new(bytes);
+    let reply = cx.to(&worker).call(hash, (x.tensor(),));
+    x.fill(0xee);
+    Ok(reply.wait()? == expected)
+}
+
 /// How often a peer's slab is mapped here.
 #[farcall::function(name = "test::mapped_slabs")]
 pub(crate) fn mapped_slabs() -> Result<usize> {

@@ -127,6 +127,30 @@ fn a_tensor_that_the_peer_cannot_map_is_copied_and_travels() {
     });
 }
 
+/// SNAPSHOT: by value over sockets, too, and with the first call of a connection, before it is known what passes there.
+#[test]
+fn foreign_memory_is_by_value_whatever_the_way() {
+    bounded(|| {
+        for (transport, slabs) in [(Transport::Tcp, true), (Transport::Auto, false), (Transport::Auto, true)] {
+            for (len, count) in [(100, 1), (60_000, 1), (60_000, 5), (300_000, 1), (24 << 20, 1)] {
+                step(format_args!("{transport:?}, {slabs}: {count} tensors of {len} bytes"));
+                let group = Group::with(2, |options| {
+                    (options.transport, options.slabs, options.tls) = (transport, slabs, None);
+                });
+                let w1 = group.agents[0].to("w1");
+                for _ in 0..2 {
+                    let xs: Vec<_> = (0..count).map(|seed| Foreign::new(bytes(len, seed))).collect();
+                    let reply = w1.call(hash_all, (xs.iter().map(Foreign::tensor).collect::<Vec<_>>(),));
+                    xs.iter().for_each(|x| x.fill(0xee));
+                    let expected: Vec<_> = (0..count).map(|seed| hashed(len, seed)).collect();
+                    assert_eq!(reply.wait().expect("hashes"), expected);
+                }
+                group.shutdown();
+            }
+        }
+    });
+}
+
 /// Nobody waits: the callee does not begin, the memory comes back.
 #[test]
 fn calls_that_are_cancelled_or_late_give_their_memory_back() {

@@ -5,13 +5,26 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::spawn::Processes;
-use crate::functions::{add, mapped_slabs, trade};
+use crate::functions::{add, mapped_slabs, sends_without_descriptors, trade};
 use crate::harness::{bounded, eventually, step};
 
 /// Workers that die in one group.
 const VICTIMS: usize = 6;
 /// From a death to the end of those who waited, with the machine's other tests around. Alone it is a few milliseconds.
 const TOLD_WITHIN: Duration = Duration::from_millis(500);
+
+/// SNAPSHOT: what cannot be lent as no descriptor is left is copied, and travels.
+#[test]
+fn foreign_memory_is_copied_where_no_descriptor_is_left() {
+    bounded(|| {
+        let (processes, agent) = Processes::serving_near(2);
+        for len in [300_000, 40 << 20] {
+            let as_it_was = agent.to("w1").call(sends_without_descriptors, ("w2", len)).wait();
+            assert!(as_it_was.expect("w1 lives"), "{len} bytes");
+        }
+        processes.shutdown(&agent);
+    });
+}
 
 /// L1, L2, L3: a survivor trades tensors with workers that are killed at random points, as their sender and as their receiver.
 /// `TEST_KILL_ROUNDS` is how many die (default 6); the seed is printed.

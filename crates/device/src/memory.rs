@@ -72,7 +72,9 @@ impl Slab {
             return Err(out_of_memory());
         }
         let failed = |call, errno| match errno {
-            Errno::NOMEM | Errno::NOSPC | Errno::FBIG | Errno::OVERFLOW | Errno::INVAL => out_of_memory(),
+            Errno::NOMEM | Errno::NOSPC | Errno::FBIG | Errno::OVERFLOW | Errno::INVAL | Errno::AGAIN => {
+                out_of_memory()
+            }
             other => DeviceError::os(call, other),
         };
         fork::watch();
@@ -330,6 +332,11 @@ pub trait Release: Any + Send + Sync {
     /// Gives the memory back to its owner. Runs on whichever thread dropped last: it must not block and must not panic.
     fn release(&self);
 
+    /// Nobody writes the bytes before the release, their owner neither: to keep them is enough, no copy is needed.
+    fn is_constant(&self) -> bool {
+        false
+    }
+
     /// The memory file that holds the bytes, and where in it they start, if a holder that is alone may write a private view of
     /// it: pages are copied as they are written, and the file never is.
     fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
@@ -359,6 +366,10 @@ impl ForeignBytes {
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    pub(crate) fn is_constant(&self) -> bool {
+        self.owner.is_constant()
     }
 
     pub(crate) fn owner(&self) -> &dyn Any {

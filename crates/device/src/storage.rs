@@ -306,6 +306,12 @@ impl Storage {
         }
     }
 
+    /// Whether its owner may write the bytes although they are in use here: who is to have them as they are now needs a copy.
+    #[must_use]
+    pub fn may_change(&self) -> bool {
+        matches!(&self.0.memory, Memory::Foreign(foreign) if !foreign.is_constant())
+    }
+
     /// The owner of foreign memory, as [`Storage::external`] was given it: for who made it, to know its own again. `None` for other
     /// memory, and for a private view.
     #[must_use]
@@ -598,6 +604,10 @@ struct Again(Storage);
 
 impl Release for Again {
     fn release(&self) {}
+
+    fn is_constant(&self) -> bool {
+        true
+    }
 
     fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         Some((self.0.slab()?.fd().ok()?, self.0.slab_offset() as u64))

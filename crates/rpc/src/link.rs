@@ -114,8 +114,10 @@ struct Request {
     contents: Contents,
     /// Of its tensors, there.
     devices: Vec<Device>,
-    /// Some of them are foreign: copied once it is sent, or before it waits.
+    /// Some are foreign and lent: copied once it is sent, or before it waits.
     lands: bool,
+    /// What their owners may write was copied: it may wait.
+    copied: bool,
 }
 
 impl Request {
@@ -126,7 +128,7 @@ impl Request {
 
     /// Copies what was to be copied once it is sent: it waits, and the caller goes on.
     fn snapshot(&mut self, endpoint: &Endpoint) -> Result<(), DeviceError> {
-        self.lands = false;
+        (self.lands, self.copied) = (false, true);
         self.contents.snapshot(endpoint)
     }
 
@@ -219,7 +221,7 @@ impl Link {
         let inserted = insert(&mut calls, slot);
         drop(calls);
         let call = inserted.filter(|call| self.keep_time(endpoint, slot, *call))?;
-        let request = Request { slot: Arc::clone(slot), call, function, contents, devices, lands };
+        let request = Request { slot: Arc::clone(slot), call, function, contents, devices, lands, copied: false };
         if pending.is_empty() {
             self.send_request(endpoint, request);
             return Some(call);
@@ -257,7 +259,7 @@ impl Link {
         if admission != Some(Admission::Sent) {
             let contents = Contents::own(Encoded { metadata, tensors: Vec::new() });
             let slot = Arc::clone(slot);
-            let request = Request { slot, call, function, contents, devices: Vec::new(), lands: false };
+            let request = Request { slot, call, function, contents, devices: Vec::new(), lands: false, copied: true };
             self.send_request(endpoint, request);
             return Some(call);
         }
@@ -296,7 +298,7 @@ impl Link {
             }
             // Cancelled, or its deadline passed, meanwhile.
             Some(Admission::Over) => drop(calls),
-            Some(Admission::Full) | None if request.lands => {
+            Some(Admission::Full) | None if !request.copied && (request.lands || request.contents.may_change()) => {
                 drop(calls);
                 return match request.snapshot(endpoint) {
                     Ok(()) => self.send_request(endpoint, request),
@@ -315,7 +317,7 @@ impl Link {
     }
 
     fn transmit(&self, endpoint: &Arc<Endpoint>, request: &Request) {
-        let Request { slot, call, function, contents, devices, lands } = request;
+        let Request { slot, call, function, contents, devices, lands, .. } = request;
         let left = slot.deadline.saturating_duration_since(endpoint.driver().now());
         let digests = if slot.wants_digests() { contents.digests().map(Some) } else { Ok(None) };
         let digests = match digests {

@@ -59,7 +59,12 @@ impl Contents {
         }
     }
 
-    /// Copies foreign tensors into slabs; what several calls send has none.
+    /// Whether the owner of a tensor may write it before it is sent; what several calls send was copied.
+    pub(crate) fn may_change(&self) -> bool {
+        matches!(self, Self::Own(packed) if packed.encoded.tensors.iter().any(|tensor| tensor.storage().may_change()))
+    }
+
+    /// Copies foreign tensors into slabs.
     pub(crate) fn snapshot(&mut self, endpoint: &Endpoint) -> Result<(), DeviceError> {
         if let Self::Own(packed) = self {
             for tensor in packed.encoded.tensors.iter_mut().filter(|tensor| !endpoint.is_peers(tensor)) {
@@ -88,9 +93,10 @@ impl Parcel {
     /// Those of [`stage`].
     pub(crate) fn new(endpoint: &Endpoint, encoded: Encoded, lands: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
-        let runtime = &endpoint.driver().config().runtime;
+        let config = endpoint.driver().config();
+        let (runtime, inline) = (&config.runtime, config.limits.inline_bytes_max);
         let Staged { tensors, devices, lands, pending } =
-            stage(runtime, tensors, endpoint.lends(), lands, |tensor| endpoint.is_peers(tensor))?;
+            stage(runtime, tensors, endpoint.lends(), lands, inline, |tensor| endpoint.is_peers(tensor))?;
         Ok(Self { contents: Contents::own(Encoded { metadata, tensors }), devices, lands, pending })
     }
 }
@@ -108,7 +114,8 @@ impl SharedParcel {
     /// Those of [`stage`].
     pub(crate) fn new(runtime: &Runtime, encoded: Encoded, slabs: bool) -> Result<Self, DeviceError> {
         let Encoded { metadata, tensors } = encoded;
-        let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs, false, |_| false)?;
+        // Some may wait for a place.
+        let Staged { tensors, devices, .. } = stage(runtime, tensors, slabs, false, 0, |_| false)?;
         Ok(Self { contents: Arc::new(Packed::new(Encoded { metadata, tensors })), devices })
     }
 

@@ -218,8 +218,9 @@ impl ReplyTo {
             }
         };
         let endpoint = &self.endpoint;
-        let runtime = &endpoint.driver().config().runtime;
-        match stage(runtime, tensors, endpoint.lends(), !self.digests, |tensor| endpoint.is_peers(tensor)) {
+        let config = endpoint.driver().config();
+        let (runtime, inline) = (&config.runtime, config.limits.inline_bytes_max);
+        match stage(runtime, tensors, endpoint.lends(), !self.digests, inline, |tensor| endpoint.is_peers(tensor)) {
             Ok(staged) if staged.pending.is_empty() => {
                 self.send_value(&metadata, &staged, turn);
                 Encoded { metadata, tensors: staged.tensors }.recycle();

@@ -155,7 +155,7 @@ impl Partial {
             self.frame.tensors.push(tensor);
         }
         if self.slots.capacity() <= SPARE_SLOTS_MAX {
-            SPARE_SLOTS.set(self.slots);
+            let _ = SPARE_SLOTS.try_with(|spare| spare.set(self.slots));
         }
         Ok(self.frame)
     }
@@ -396,7 +396,8 @@ impl Receiver {
         self.on_slab_frame(header, kind)?;
         let (_extensions, body) = body.split_at(header.ext_len as usize);
         let (mut table, metadata) = body.split_at(header.table_len as usize);
-        let mut slots = SPARE_SLOTS.take();
+        // A thread that ends has none.
+        let mut slots = SPARE_SLOTS.try_with(Cell::take).unwrap_or_default();
         slots.clear();
         slots.reserve(header.tensors as usize);
         let mut missing = 0;

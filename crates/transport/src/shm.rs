@@ -175,6 +175,11 @@ impl Release for Borrowed {
         self.returns.push(self.lease, self.bytes);
     }
 
+    /// L1.
+    fn is_constant(&self) -> bool {
+        true
+    }
+
     fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         self.mapping.file.as_ref().map(|(_, file, _)| (file.as_fd(), self.offset))
     }

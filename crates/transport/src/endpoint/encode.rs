@@ -69,7 +69,8 @@ pub struct Staged {
 
 /// Brings tensors into the form that the wire takes: those of devices are copied to the host, those with gaps packed, on
 /// streams behind their writes. Nothing is waited for. With `slabs`, memory that is in none is copied into one, here and now, unless
-/// it `is_targets`, or large and all may be sent at once (`lands`).
+/// it `is_targets`, or large and all may be sent at once (`lands`). SNAPSHOT: so is what its owner may write once the call was made, if
+/// it is read after that: all that waits, or has no room among `inline_bytes_max` in the frame.
 ///
 /// # Errors
 /// [`DeviceError`] of a device or of memory.
@@ -78,6 +79,7 @@ pub fn stage(
     mut tensors: Vec<Tensor>,
     slabs: bool,
     lands: bool,
+    inline_bytes_max: u64,
     is_targets: impl Fn(&Tensor) -> bool,
 ) -> Result<Staged, DeviceError> {
     let mut devices = Vec::new();
@@ -93,18 +95,20 @@ pub fn stage(
     let mut pending = Fences::of(&tensors);
     let may_land = lands && slabs && pending.is_empty();
     let mut lands = false;
-    if slabs {
-        for tensor in tensors.iter_mut().filter(|tensor| is_foreign(tensor) && !is_targets(tensor)) {
-            if may_land && landing::may_land(tensor) {
-                lands = true;
-            } else {
-                // SNAPSHOT: its owner may write it again once the call was made.
-                *tensor = runtime.in_slab(tensor)?;
-            }
+    let lent_bytes_min = if slabs { LENT_BYTES_MIN } else { u64::MAX };
+    let sizes = tensors.iter().map(|tensor| tensor.layout().byte_span().len() as u64);
+    let by_socket: u64 = sizes.filter(|size| *size < lent_bytes_min).sum();
+    let is_read_later = !pending.is_empty() || by_socket > inline_bytes_max;
+    for tensor in &mut tensors {
+        let is_lent = slabs && is_foreign(tensor) && !is_targets(tensor);
+        if is_lent && may_land && landing::may_land(tensor) {
+            lands = true;
+        } else if is_lent || (is_read_later && tensor.storage().may_change()) {
+            *tensor = runtime.in_slab(tensor)?;
         }
-        if !pending.is_empty() {
-            pending = Fences::of(&tensors);
-        }
+    }
+    if !pending.is_empty() {
+        pending = Fences::of(&tensors);
     }
     Ok(Staged { tensors, devices, lands, pending })
 }
@@ -140,7 +144,8 @@ pub(crate) fn encode_frame(
     };
     wire.extend_from_slice(header.as_bytes());
     let mut bulk = Vec::new();
-    let mut inline = INLINE.take();
+    // A thread that ends has none.
+    let mut inline = INLINE.try_with(Cell::take).unwrap_or_default();
     inline.clear();
     for (index, tensor) in outbound.tensors.iter().enumerate() {
         debug_assert!(tensor.layout().is_dense_or_broadcast(), "sent without `stage`: {tensor:?}");
@@ -176,7 +181,7 @@ pub(crate) fn encode_frame(
     for index in &inline {
         wire.extend_from_slice(payload(&outbound.tensors[*index])?);
     }
-    INLINE.set(inline);
+    let _ = INLINE.try_with(|spare| spare.set(inline));
     Ok(bulk)
 }
 

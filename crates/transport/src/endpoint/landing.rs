@@ -44,9 +44,10 @@ enum Told {
     All,
 }
 
-/// Bytes that are to be copied.
+/// Bytes that are to be copied, of tensors that are lent.
 fn bytes(landings: &Landings) -> usize {
-    landings.iter().flatten().map(|landing| landing.copy.copy().layout().byte_span().len()).sum()
+    let lent = landings.iter().flatten().filter(|landing| landing.place.is_some());
+    lent.map(|landing| landing.copy.copy().layout().byte_span().len()).sum()
 }
 
 impl Endpoint {
@@ -68,6 +69,11 @@ impl Endpoint {
     pub(super) fn may_refuse(&self, outbound: &Outbound<'_>, landings: &Landings) -> bool {
         if landings.is_empty() {
             return false;
+        }
+        let is_shared = |landing: &Landing| landing.copy.copy().storage().slab().is_some_and(|slab| slab.fd().is_ok());
+        if !landings.iter().flatten().all(is_shared) {
+            // Without descriptors, memory is this process's alone.
+            return true;
         }
         let storages = outbound.tensors.iter().zip(landings).map(|(tensor, landing)| {
             landing.as_ref().map_or(tensor.storage(), |landing| landing.copy.copy().storage())

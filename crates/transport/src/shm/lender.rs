@@ -52,7 +52,7 @@ impl Lender {
         Some(Loan { place, pass })
     }
 
-    /// Whether all of these can be lent, or those of them that lie in slabs; may say no although they can.
+    /// Whether all of these can be lent that lie in slabs that can be shared; may say no although they can.
     pub(crate) fn may_lend_all<'a>(&self, storages: impl Iterator<Item = &'a Storage>, limits: &Limits) -> bool {
         let is_new = |slab: &&Arc<Slab>| slab.fd().is_ok() && !self.slabs.contains_key(&slab.id());
         let (mut slabs, mut bytes) = (self.slabs.len(), self.slab_bytes);
