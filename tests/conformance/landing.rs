@@ -151,6 +151,63 @@ fn foreign_memory_is_by_value_whatever_the_way() {
     });
 }
 
+/// SNAPSHOT: nor does it matter what the call waits for, or that it goes to this worker itself, or to all.
+#[test]
+fn foreign_memory_is_by_value_whatever_the_call_waits_for() {
+    bounded(|| {
+        for transport in [Transport::Tcp, Transport::Auto] {
+            let group = Group::with(2, |options| {
+                (options.transport, options.tls, options.limits.requests_max) = (transport, None, 1)
+            });
+            let agent = &group.agents[0];
+            group.answers();
+            for len in [100, 300_000, 3 << 20] {
+                step(format_args!("{transport:?}: {len} bytes"));
+                let (key, x) = (unique("waits"), Foreign::new(bytes(len, 5)));
+                let rows =
+                    x.tensor().narrow(0, 0, len / 10 * 10).and_then(|x| x.reshape(&[10, len / 10])).expect("a view");
+                let columns = rows.narrow(1, 1, len / 20).expect("a view with gaps");
+                let packed = Tensor::from_slice(&columns.to_vec::<u8>().expect("u8"), columns.shape()).expect("memory");
+                let expected = [hashed(len, 5), hash::run(packed).expect("bytes")];
+                let held = agent.to("w1").call(hold, (&key,));
+                assert!(gate(&key).wait_arrived(1));
+                let queued = agent.to("w1").call(hash_all, (vec![x.tensor(), columns.clone()],));
+                let here = agent.to("w0").call(hash_after, (&key, x.tensor()));
+                let with_gaps = agent.to("w0").call(hash_after, (&key, &columns));
+                let to_all = agent.to_all(["w0", "w1"]).call(hash_all, (vec![x.tensor(), columns],));
+                x.fill(0xee);
+                gate(&key).open();
+                held.wait().expect("its gate is open");
+                assert_eq!(queued.wait().expect("hashes"), expected);
+                assert_eq!([here.wait().expect("a hash"), with_gaps.wait().expect("a hash")], expected);
+                for found in to_all.wait().into_values().expect("hashes") {
+                    assert_eq!(found.1, expected);
+                }
+            }
+            group.shutdown();
+        }
+    });
+}
+
+/// What a peer has lent is nobody's to write: it is sent on without a copy.
+#[test]
+fn what_was_borrowed_is_not_copied_again() {
+    bounded(|| {
+        let group = group(|_| {});
+        let w1 = group.agents[0].to("w1");
+        group.answers();
+        let made = w1.call(pattern, (3 << 20, 4)).wait().expect("a result");
+        assert!(!made.storage().may_change());
+        let runtime = farcall::Runtime::global();
+        let kept = runtime.snapshot(&made).expect("the same");
+        assert_eq!(kept.storage().as_ptr(), made.storage().as_ptr());
+        let foreign = Foreign::new(bytes(5000, 4)).tensor();
+        assert!(foreign.storage().may_change());
+        assert_ne!(runtime.snapshot(&foreign).expect("a copy").storage().as_ptr(), foreign.storage().as_ptr());
+        group.shutdown();
+    });
+}
+
 /// Nobody waits: the callee does not begin, the memory comes back.
 #[test]
 fn calls_that_are_cancelled_or_late_give_their_memory_back() {

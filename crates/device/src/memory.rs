@@ -338,7 +338,7 @@ pub trait Release: Any + Send + Sync {
     }
 
     /// The memory file that holds the bytes, and where in it they start, if a holder that is alone may write a private view of
-    /// it: pages are copied as they are written, and the file never is.
+    /// it: pages are copied as they are written. The file must not be written before the release, by nobody.
     fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
         None
     }

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use self::arenas::{ARENA_BYTES, Cut};
 use self::idle::Idle;
 use crate::fork::is_forked_child;
-use crate::memory::{ALIGN_BYTES, Slab, SlabRange};
+use crate::memory::{ALIGN_BYTES, DescriptorPermit, Slab, SlabRange};
 use crate::{Device, DeviceError};
 
 /// The largest class that is cut from shared slabs.
@@ -225,15 +225,14 @@ impl Shared {
         if found.is_some() {
             return Ok(found);
         }
+        if DescriptorPermit::take().is_none() {
+            // Peers could map nothing that is cut from it, long after there are descriptors again.
+            return Ok(None);
+        }
         let mut fresh = match self.map(ARENA_BYTES) {
             Err(DeviceError::OutOfMemory { .. }) => return Ok(None),
             mapped => mapped?,
         };
-        if fresh.slab().fd().is_err() {
-            // Peers could map nothing that is cut from it, for as long as it lives.
-            self.unmap(vec![fresh]);
-            return Ok(None);
-        }
         fresh.prefer_huge_pages();
         Ok(lock(&self.idle).cut_fresh(fresh, len))
     }

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use crate::checker::{self, Race};
 use crate::cpu::Engine;
 use crate::cuda::{self, Context, Driver, Kind, Pool, Unavailable};
+use crate::pack::pack;
 use crate::pool::{HostPool, PoolStats};
 use crate::{Check, CpuMode, Device, DeviceError, Layout, SlabCopy, StorageMut, Stream, Tensor, copy, units};
 
@@ -286,6 +287,24 @@ impl Runtime {
         copy(target.as_bytes_mut()?, source);
         let layout = Layout::strided(layout.dtype(), layout.shape(), layout.strides(), 0)?;
         Tensor::from_storage(target.freeze_ready(), layout)
+    }
+
+    /// The tensor, or a copy of it as it is now, if it lies in memory of the host whose owner may write it
+    /// ([`Storage::may_change`](crate::Storage::may_change)). Never behind a stream.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    /// # Cost
+    /// Of a copy, one pass over its elements.
+    pub fn snapshot(&self, tensor: &Tensor) -> Result<Tensor, DeviceError> {
+        let (storage, layout) = (tensor.storage(), tensor.layout());
+        if !storage.may_change() || !storage.device().is_host() || layout.is_dense_or_broadcast() {
+            return if storage.may_change() { self.in_slab(tensor) } else { Ok(tensor.clone()) };
+        }
+        let packed = layout.packed();
+        let mut target = self.alloc_host(packed.size_bytes())?;
+        pack(layout, storage.as_bytes()?, target.as_bytes_mut()?);
+        Tensor::from_storage(target.freeze_ready(), packed)
     }
 
     /// Memory in a slab for a copy of `tensor`, which is to be made by [`SlabCopy::run`]: until then whoever wants its bytes waits.

@@ -306,7 +306,8 @@ impl Storage {
         }
     }
 
-    /// Whether its owner may write the bytes although they are in use here: who is to have them as they are now needs a copy.
+    /// Whether an owner may wait for the release of these bytes to write them: what is to be read after a call needs a copy, so that
+    /// the call keeps none.
     #[must_use]
     pub fn may_change(&self) -> bool {
         matches!(&self.0.memory, Memory::Foreign(foreign) if !foreign.is_constant())

@@ -26,6 +26,7 @@ use crate::interned::{self, Interned};
 use crate::join::{Group, Options};
 use crate::link::{Announcement, Connection, Link, SameTypes, Sent, call_error, resolve};
 use crate::lives::LookUps;
+use crate::parcel::snapshot;
 use crate::registry::{FunctionKind, Registry};
 use crate::scope::Scope;
 use crate::serve::run;
@@ -670,8 +671,13 @@ impl To<'_> {
         }
     }
 
-    pub(crate) fn call_here(&self, callee: &Callee, slot: &Arc<Slot>, encoded: farcall_device::Encoded) {
+    pub(crate) fn call_here(&self, callee: &Callee, slot: &Arc<Slot>, mut encoded: farcall_device::Encoded) {
         let agent = &self.agent.0;
+        // SNAPSHOT: as of any other worker's.
+        if let Err(error) = snapshot(&agent.driver.config().runtime, &mut encoded.tensors) {
+            slot.complete(Err(error.into()));
+            return;
+        }
         let registered = match resolve(&agent.registry, &callee.announcement(""), SameTypes::Certain) {
             Ok(registered) => registered,
             Err(failure) => {
@@ -706,8 +712,13 @@ impl To<'_> {
         let hand_on = Arc::clone(&agent.hand_on);
         let spawned = agent.driver.spawn(Job::new(&hand_on, move |turn| {
             run(registered, cx, encoded, turn, move |answer, _| {
-                let Some(slot) = this.upgrade().and_then(|agent| lock(&agent.local).remove(call)) else { return };
-                slot.complete(answer.map_err(|failure| call_error(&slot, failure)));
+                let Some(agent) = this.upgrade() else { return };
+                let Some(slot) = lock(&agent.local).remove(call) else { return };
+                let answer = answer.map_err(|failure| call_error(&slot, failure)).and_then(|mut encoded| {
+                    snapshot(&agent.driver.config().runtime, &mut encoded.tensors)?;
+                    Ok(encoded)
+                });
+                slot.complete(answer);
             });
         }));
         if !spawned && let Some(slot) = lock(&agent.local).remove(call) {

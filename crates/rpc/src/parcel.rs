@@ -6,7 +6,7 @@
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
-use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime};
+use farcall_device::{Device, DeviceError, Encoded, Fences, Runtime, Tensor};
 use farcall_transport::{DigestList, Endpoint, Staged, digests, stage};
 
 /// See the module. Fit to be sent once `pending` has passed.
@@ -64,12 +64,10 @@ impl Contents {
         matches!(self, Self::Own(packed) if packed.encoded.tensors.iter().any(|tensor| tensor.storage().may_change()))
     }
 
-    /// Copies foreign tensors into slabs.
+    /// Copies those.
     pub(crate) fn snapshot(&mut self, endpoint: &Endpoint) -> Result<(), DeviceError> {
         if let Self::Own(packed) = self {
-            for tensor in packed.encoded.tensors.iter_mut().filter(|tensor| !endpoint.is_peers(tensor)) {
-                *tensor = endpoint.driver().config().runtime.in_slab(tensor)?;
-            }
+            snapshot(&endpoint.driver().config().runtime, &mut packed.encoded.tensors)?;
         }
         Ok(())
     }
@@ -99,6 +97,16 @@ impl Parcel {
             stage(runtime, tensors, endpoint.lends(), lands, inline, |tensor| endpoint.is_peers(tensor))?;
         Ok(Self { contents: Contents::own(Encoded { metadata, tensors }), devices, lands, pending })
     }
+}
+
+/// Copies what may change after the call.
+pub(crate) fn snapshot(runtime: &Runtime, tensors: &mut [Tensor]) -> Result<(), DeviceError> {
+    for tensor in tensors {
+        if tensor.storage().may_change() {
+            *tensor = runtime.snapshot(tensor)?;
+        }
+    }
+    Ok(())
 }
 
 /// What several calls send.

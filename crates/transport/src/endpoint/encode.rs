@@ -87,6 +87,10 @@ pub fn stage(
         devices.extend(tensors.iter().map(Tensor::device));
     }
     for tensor in &mut tensors {
+        if tensor.storage().may_change() && !tensor.layout().is_dense_or_broadcast() {
+            // A stream would read it later.
+            *tensor = runtime.snapshot(tensor)?;
+        }
         let fits = tensor.is_contiguous() || tensor.layout().is_dense_or_broadcast();
         if tensor.device() != Device::HOST || !fits {
             *tensor = runtime.stream(tensor.device())?.pack(tensor, Device::HOST)?;
@@ -95,16 +99,17 @@ pub fn stage(
     let mut pending = Fences::of(&tensors);
     let may_land = lands && slabs && pending.is_empty();
     let mut lands = false;
-    let lent_bytes_min = if slabs { LENT_BYTES_MIN } else { u64::MAX };
-    let sizes = tensors.iter().map(|tensor| tensor.layout().byte_span().len() as u64);
-    let by_socket: u64 = sizes.filter(|size| *size < lent_bytes_min).sum();
-    let is_read_later = !pending.is_empty() || by_socket > inline_bytes_max;
+    // Also of what can be lent: it may be refused.
+    let bytes: u64 = tensors.iter().map(|tensor| tensor.layout().byte_span().len() as u64).sum();
+    let is_read_later = !pending.is_empty() || bytes > inline_bytes_max;
     for tensor in &mut tensors {
         let is_lent = slabs && is_foreign(tensor) && !is_targets(tensor);
         if is_lent && may_land && landing::may_land(tensor) {
             lands = true;
-        } else if is_lent || (is_read_later && tensor.storage().may_change()) {
+        } else if is_lent {
             *tensor = runtime.in_slab(tensor)?;
+        } else if is_read_later {
+            *tensor = runtime.snapshot(tensor)?;
         }
     }
     if !pending.is_empty() {

@@ -154,14 +154,14 @@ impl Endpoint {
     }
 }
 
-/// The tensors with those that were to land copied now: the peer maps no more.
+/// The tensors, those that were to land and may change copied now: the peer maps no more.
 pub(super) fn copied(tensors: &[Tensor], landings: Landings) -> Result<Vec<Tensor>, DeviceError> {
     let copied = |(tensor, landing): (&Tensor, Option<Landing>)| match landing {
-        Some(Landing { copy, .. }) => {
+        Some(Landing { copy, .. }) if copy.source().storage().may_change() => {
             let copied = copy.copy().clone();
             copy.run(usize::MAX, |_| {}).map(|()| copied)
         }
-        None => Ok(tensor.clone()),
+        _ => Ok(tensor.clone()),
     };
     tensors.iter().zip(landings).map(copied).collect()
 }
