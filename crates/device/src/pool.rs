@@ -681,33 +681,4 @@ mod tests {
         assert_eq!(parse_meminfo("MemTotal:       24683888 kB\nMemFree: 1 kB\n"), Some(24_683_888 * 1024));
         assert!(memory_limit_bytes() >= 64 * MIB);
     }
-
-    /// A measurement: `cargo test --release -p farcall-device --lib costs -- --ignored --nocapture`.
-    #[test]
-    #[ignore = "a measurement"]
-    fn what_an_allocation_costs() {
-        let median = |mut times: Vec<u128>| {
-            times.sort_unstable();
-            times[times.len() / 2]
-        };
-        for len in [64 << 10, 2 * MIB, 8 * MIB] {
-            let pool = HostPool::new(None);
-            drop(pool.alloc(len).unwrap());
-            let warm = (0..31).map(|_| {
-                let start = std::time::Instant::now();
-                (0..10_000).for_each(|_| drop(pool.alloc(len).unwrap()));
-                start.elapsed().as_nanos() / 10_000
-            });
-            let warm = median(warm.collect());
-            pool.trim();
-            let start = std::time::Instant::now();
-            let blocks: Vec<_> = (0..(256 * MIB / len)).map(|_| pool.alloc(len).unwrap()).collect();
-            let cold = start.elapsed().as_nanos() / blocks.len() as u128;
-            let slabs = pool.stats().slabs;
-            let start = std::time::Instant::now();
-            drop(blocks);
-            let back = start.elapsed().as_nanos() * len as u128 / (256 * MIB) as u128;
-            println!("{len} bytes: {warm} ns warm, {cold} ns fresh in {slabs} slabs, {back} ns to give back");
-        }
-    }
 }
