@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::collections::{HashSet, VecDeque};
+use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
@@ -45,6 +46,9 @@ thread_local! {
     static RUNNING: Cell<*const Driver> = const { Cell::new(ptr::null()) };
 }
 
+/// Of its stack and of its heap, what a thread that reads frames and runs short jobs needs: a buffer of 32 KiB, and as much again.
+const WARM_BYTES: usize = 64 << 10;
+
 pub(super) struct Pool {
     pub(super) jobs: VecDeque<Job>,
     /// Threads in a job, without those that wait in [`Driver::blocking`].
@@ -65,6 +69,13 @@ pub(super) fn guarded(endpoint: &Arc<Endpoint>, serve: impl FnOnce() -> bool) ->
     })
 }
 
+/// A thread's first call is to fault on no page of its stack or of its heap, however long after its start that is.
+#[inline(never)]
+fn warm() {
+    black_box([1_u8; WARM_BYTES]);
+    black_box(vec![1_u8; WARM_BYTES]);
+}
+
 impl Driver {
     pub(super) fn spawn_thread(self: &Arc<Self>, pool: &mut Pool) -> std::io::Result<()> {
         let driver = Arc::clone(self);
@@ -74,6 +85,7 @@ impl Driver {
     }
 
     fn work(self: &Arc<Self>) {
+        warm();
         let mut turn = Turn::default();
         let mut pool = lock(&self.pool);
         while !pool.stop {
